@@ -1,0 +1,1 @@
+"""Judge any engine: perplexity, latency and memory, measured the same way for all."""

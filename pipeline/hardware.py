@@ -1,0 +1,66 @@
+"""What this machine has: devices, instruction sets, and the precision that follows from them."""
+
+import functools
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_ISA_FLAGS = ("avx2", "fma", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16")
+
+
+@functools.cache
+def cpu() -> dict[str, Any]:
+    """CPU model, the instruction-set flags that matter for inference, cores usable by this process."""
+    model, flags = platform.processor() or platform.machine(), set()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name":
+                model = value.strip()
+            elif key.strip() == "flags":
+                flags = set(value.split())
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return {"model": model, "isa": [flag for flag in _ISA_FLAGS if flag in flags], "cores": cores}
+
+
+def gpu() -> dict[str, Any] | None:
+    """Name, memory in bytes and compute capability of the first CUDA device; `None` without one."""
+    if not torch.cuda.is_available():
+        return None
+    props = torch.cuda.get_device_properties(0)
+    return {
+        "name": props.name,
+        "memory": props.total_memory,
+        "capability": f"{props.major}.{props.minor}",
+        "cuda": torch.version.cuda,
+    }
+
+
+def why_no_gpu() -> str | None:
+    """One phrase that says why GPU rows are absent; `None` where a GPU can be used."""
+    if torch.cuda.is_available():
+        return None
+    if torch.version.cuda is None:
+        return "this torch build has no CUDA support"
+    return "no CUDA device is visible to torch"
+
+
+def default_device() -> str:
+    """`cuda:0` where a GPU is, else `cpu`."""
+    return "cuda:0" if torch.cuda.is_available() else "cpu"
+
+
+def cpu_has_bf16() -> bool:
+    """Whether the CPU multiplies bf16 natively (AMX or AVX512-BF16); emulated bf16 is slower than FP32."""
+    return bool({"amx_bf16", "avx512_bf16"} & set(cpu()["isa"]))
+
+
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """The autocast dtype to train with on `device`; `None` means plain FP32."""
+    if device.startswith("cuda"):
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return torch.bfloat16 if cpu_has_bf16() else None

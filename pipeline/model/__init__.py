@@ -1,0 +1,15 @@
+"""CompactGPT2: a GPT-2 whose layers may have different numbers of attention heads."""
+
+from pipeline.model.configuration import CompactGPT2Config
+from pipeline.model.convert import from_gpt2, to_gpt2
+from pipeline.model.modeling import CompactGPT2LMHeadModel, CompactGPT2Model
+from pipeline.model.slicing import slice_heads
+
+__all__ = [
+    "CompactGPT2Config",
+    "CompactGPT2LMHeadModel",
+    "CompactGPT2Model",
+    "from_gpt2",
+    "slice_heads",
+    "to_gpt2",
+]

@@ -1,0 +1,72 @@
+"""The configuration of CompactGPT2: GPT-2's, plus which heads each layer kept."""
+
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+
+
+class CompactGPT2Config(PreTrainedConfig):
+    """GPT-2's configuration with a head list for each layer.
+
+    `kept_heads[i]` holds the ascending original indices (in `range(n_head)`) of layer i's heads;
+    `None` keeps all. `head_dim` is a field of its own: once heads are gone, `n_embd / n_head`
+    no longer gives it.
+
+    Raises `ValueError` where the head list does not fit the layer and head counts.
+    """
+
+    model_type = "compact_gpt2"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    attribute_map = {
+        "hidden_size": "n_embd",
+        "max_position_embeddings": "n_positions",
+        "num_attention_heads": "n_head",
+        "num_hidden_layers": "n_layer",
+    }
+
+    vocab_size: int = 50257
+    n_positions: int = 1024
+    n_embd: int = 768
+    n_layer: int = 12
+    n_head: int = 12
+    head_dim: int | None = None
+    n_inner: int | None = None
+    kept_heads: list[list[int]] | None = None
+    activation_function: str = "gelu_new"
+    resid_pdrop: float | int = 0.1
+    embd_pdrop: float | int = 0.1
+    attn_pdrop: float | int = 0.1
+    layer_norm_epsilon: float = 1e-5
+    initializer_range: float = 0.02
+    use_cache: bool = True
+    bos_token_id: int | None = 50256
+    eos_token_id: int | list[int] | None = 50256
+    pad_token_id: int | None = None
+    tie_word_embeddings: bool = True
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.head_dim is None:
+            if self.n_embd % self.n_head:
+                raise ValueError(f"n_embd {self.n_embd} is no multiple of n_head {self.n_head}: give head_dim")
+            self.head_dim = self.n_embd // self.n_head
+        if self.n_inner is None:
+            self.n_inner = 4 * self.n_embd
+        if self.kept_heads is None:
+            self.kept_heads = [list(range(self.n_head)) for _ in range(self.n_layer)]
+        if len(self.kept_heads) != self.n_layer:
+            raise ValueError(f"kept_heads lists {len(self.kept_heads)} layers, n_layer is {self.n_layer}")
+        for layer, heads in enumerate(self.kept_heads):
+            if not heads or list(heads) != sorted(set(heads)) or heads[0] < 0 or heads[-1] >= self.n_head:
+                raise ValueError(
+                    f"kept_heads[{layer}] is {heads}: give at least one head, ascending, each in 0..{self.n_head - 1}"
+                )
+        super().__post_init__(**kwargs)
+
+    @property
+    def pruned(self) -> bool:
+        """Whether any layer has lost a head."""
+        assert self.kept_heads is not None
+        return any(len(heads) < self.n_head for heads in self.kept_heads)
+
+
+AutoConfig.register(CompactGPT2Config.model_type, CompactGPT2Config)

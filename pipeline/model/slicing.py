@@ -1,0 +1,42 @@
+"""Remove attention heads for good: smaller matrices, not masks."""
+
+import copy
+from collections.abc import Sequence
+
+import torch
+
+from pipeline.model.configuration import CompactGPT2Config
+from pipeline.model.modeling import CompactGPT2LMHeadModel
+
+
+def slice_heads(model: CompactGPT2LMHeadModel, kept_heads: Sequence[Sequence[int]]) -> CompactGPT2LMHeadModel:
+    """A new model that has only `kept_heads[layer]` (original indices) in each layer.
+
+    It computes what the given model computes with the other heads gated to zero: a head enters the
+    output only through its own columns of `c_proj`. Dtype and device stay; `model` is not changed.
+    Raises `ValueError` if a head to keep is no longer there.
+    """
+    old = model.config
+    assert old.kept_heads is not None and old.head_dim is not None
+    fields = old.to_dict() | {"kept_heads": [sorted(heads) for heads in kept_heads]}
+    pruned = CompactGPT2LMHeadModel(CompactGPT2Config.from_dict(fields)).to(model.device, model.dtype)
+    assert pruned.config.kept_heads is not None
+    state = dict(model.state_dict())
+    del state["lm_head.weight"]
+    for layer, (had, keeps) in enumerate(zip(old.kept_heads, pruned.config.kept_heads, strict=True)):
+        missing = sorted(set(keeps) - set(had))
+        if missing:
+            raise ValueError(f"layer {layer} has heads {had}; it cannot keep {missing}")
+        width = len(had) * old.head_dim
+        inner = torch.tensor(
+            [had.index(head) * old.head_dim + i for head in keeps for i in range(old.head_dim)], device=model.device
+        )
+        rows = torch.cat([inner, inner + width, inner + 2 * width])
+        prefix = f"transformer.h.{layer}.attn."
+        state[prefix + "c_attn.weight"] = state[prefix + "c_attn.weight"][rows]
+        state[prefix + "c_attn.bias"] = state[prefix + "c_attn.bias"][rows]
+        state[prefix + "c_proj.weight"] = state[prefix + "c_proj.weight"][:, inner]
+    pruned.load_state_dict({key: value.detach().clone().contiguous() for key, value in state.items()}, strict=False)
+    pruned.tie_weights()
+    pruned.generation_config = copy.deepcopy(model.generation_config)
+    return pruned.train(model.training)

@@ -1,0 +1,189 @@
+"""Train CompactGPT2 from scratch with the Hugging Face `Trainer`: tokenizer, shards, model, curve."""
+
+import json
+import math
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments, set_seed
+
+from eval.errors import UserError
+from pipeline import hardware
+from pipeline.data import TokenBlocks, encode_many, read_text, tokenize_dataset
+from pipeline.model import CompactGPT2Config, CompactGPT2LMHeadModel
+from pipeline.optim import MuonAdamW, pretraining_groups
+from pipeline.recipe import Pretrain
+from pipeline.wikitext import DOCUMENT_MARK, styled_documents
+
+
+def pretrain(recipe: Pretrain, files: Sequence[Path], out: Path, validation_text: str) -> Path:
+    """Train on `files`, resuming from the last checkpoint in `out`; returns the model folder.
+
+    `out` receives `tokenizer/`, `tokens.npy` (uint16 blocks), `checkpoint-N/`, `curve.json` and,
+    at the end, `model/` in Hub format. Raises `UserError` for unusable text or a folder that was
+    begun with other choices.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    _same_choices(recipe, files, out)
+    tokenizer = _tokenizer(recipe, files, out)
+    blocks = _blocks(recipe, files, tokenizer, out)
+    validation = tokenize_dataset(validation_text, tokenizer, recipe.model.n_positions)
+    validation = TokenBlocks(validation.tokens[: recipe.eval_blocks])
+
+    set_seed(recipe.seed)
+    shape = recipe.model
+    model = CompactGPT2LMHeadModel(
+        CompactGPT2Config(
+            vocab_size=shape.vocab_size,
+            n_positions=shape.n_positions,
+            n_embd=shape.n_head * shape.head_dim,
+            n_layer=shape.n_layer,
+            n_head=shape.n_head,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            bos_token_id=tokenizer.eos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    )
+    tokens_per_step = recipe.batch_size * recipe.accumulation * shape.n_positions
+    print(
+        f"pretrain: {model.num_parameters():,} parameters, {blocks.tokens.size:,} tokens at hand, "
+        f"{recipe.steps} steps of {tokens_per_step:,} tokens",
+        file=sys.stderr,
+    )
+    optimizer = MuonAdamW(
+        pretraining_groups(
+            model,
+            muon_lr=recipe.muon_learning_rate,
+            adam_lr=recipe.adam_learning_rate,
+            weight_decay=recipe.weight_decay,
+        )
+    )
+    trainer = Trainer(
+        model=model,
+        args=_arguments(recipe, out),
+        train_dataset=blocks,
+        eval_dataset=validation,
+        optimizers=(optimizer, None),
+    )
+    trainer.train(resume_from_checkpoint=_has_checkpoint(out))
+    model.save_pretrained(out / "model")
+    tokenizer.save_pretrained(out / "model")
+    (out / "curve.json").write_text(json.dumps(trainer.state.log_history, indent=1))
+    return out / "model"
+
+
+def _arguments(recipe: Pretrain, out: Path) -> TrainingArguments:
+    device = hardware.default_device()
+    dtype = hardware.autocast_dtype(device)
+    return TrainingArguments(
+        output_dir=str(out),
+        max_steps=recipe.steps,
+        per_device_train_batch_size=recipe.batch_size,
+        per_device_eval_batch_size=recipe.batch_size,
+        gradient_accumulation_steps=recipe.accumulation,
+        learning_rate=recipe.adam_learning_rate,
+        lr_scheduler_type="warmup_stable_decay",
+        lr_scheduler_kwargs={"num_decay_steps": recipe.decay_steps, "decay_type": "linear"},
+        warmup_steps=recipe.warmup_steps,
+        max_grad_norm=1.0,
+        bf16=str(dtype) == "torch.bfloat16",
+        fp16=str(dtype) == "torch.float16",
+        use_cpu=device == "cpu",
+        eval_strategy="steps",
+        eval_steps=recipe.eval_steps,
+        save_steps=recipe.save_steps,
+        save_total_limit=2,
+        logging_steps=recipe.log_steps,
+        seed=recipe.seed,
+        data_seed=recipe.seed,
+        report_to="none",
+        remove_unused_columns=False,
+    )
+
+
+def _has_checkpoint(out: Path) -> bool:
+    return any((path / "trainer_state.json").exists() for path in out.glob("checkpoint-*"))
+
+
+def _same_choices(recipe: Pretrain, files: Sequence[Path], out: Path) -> None:
+    """Refuse to mix two trainings in one folder; the length of the schedule may change."""
+    lengths = {"steps", "decay_steps", "save_steps", "eval_steps", "log_steps"}
+    choices = recipe.model_dump(mode="json", exclude=lengths) | {"files": [path.name for path in files]}
+    path = out / "pretrain.json"
+    if path.exists() and json.loads(path.read_text()) != choices:
+        raise UserError(f"{out}: holds a training with another recipe or text; give another --out or delete it")
+    path.write_text(json.dumps(choices, indent=1))
+
+
+def _documents(recipe: Pretrain, files: Iterable[Path]) -> Iterator[str]:
+    for path in files:
+        text = read_text(path)
+        if recipe.style == "wikitext":
+            yield from styled_documents(text)
+        else:
+            yield from (document.strip() for document in text.split(DOCUMENT_MARK) if document.strip())
+
+
+def _limited(documents: Iterator[str], limit: int | None) -> Iterator[str]:
+    seen = 0
+    for document in documents:
+        if limit is not None and seen >= limit:
+            return
+        seen += len(document.encode())
+        yield document
+
+
+def _tokenizer(recipe: Pretrain, files: Sequence[Path], out: Path) -> PreTrainedTokenizerFast:
+    """A byte-level BPE (Sennrich et al. 2016; GPT-2's bytes) trained on the head of the text."""
+    folder = out / "tokenizer"
+    if not (folder / "tokenizer.json").exists():
+        from tokenizers import ByteLevelBPETokenizer
+
+        print(f"pretrain: training a byte-level BPE of {recipe.model.vocab_size} tokens", file=sys.stderr)
+        bpe = ByteLevelBPETokenizer()
+        bpe.train_from_iterator(
+            _limited(_documents(recipe, files), recipe.tokenizer_bytes),
+            vocab_size=recipe.model.vocab_size,
+            special_tokens=[DOCUMENT_MARK],
+            length=None,
+        )
+        if bpe.get_vocab_size() != recipe.model.vocab_size:
+            raise UserError(
+                f"the text yields only {bpe.get_vocab_size()} tokens; set model.vocab_size to that or give more text"
+            )
+        PreTrainedTokenizerFast(
+            tokenizer_object=bpe._tokenizer,
+            bos_token=DOCUMENT_MARK,
+            eos_token=DOCUMENT_MARK,
+            unk_token=DOCUMENT_MARK,
+            model_max_length=recipe.model.n_positions,
+        ).save_pretrained(folder)
+    return PreTrainedTokenizerFast.from_pretrained(folder)
+
+
+def _blocks(recipe: Pretrain, files: Sequence[Path], tokenizer: Any, out: Path) -> TokenBlocks:
+    """The text as `[blocks, n_positions]` uint16, tokenised once and memory-mapped after."""
+    path = out / "tokens.npy"
+    if not path.exists():
+        print("pretrain: tokenising", file=sys.stderr)
+        documents = _limited(_documents(recipe, files), recipe.max_bytes)
+        ids = np.concatenate([part.astype(np.uint16) for part in encode_many(documents, tokenizer)])
+        length = recipe.model.n_positions
+        count = len(ids) // length
+        if not count:
+            raise UserError(f"the text has {len(ids)} tokens, fewer than one block of {length}: give more text")
+        partial = path.with_suffix(".partial.npy")
+        np.save(partial, ids[: count * length].reshape(count, length))
+        os.replace(partial, path)
+    return TokenBlocks(np.load(path, mmap_mode="r"))
+
+
+def bits_per_byte(nll: float, text_bytes: int) -> float:
+    """Total negative log-likelihood in nats over the bytes of the raw text."""
+    return nll / math.log(2) / text_bytes

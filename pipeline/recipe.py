@@ -1,0 +1,216 @@
+"""Recipes: every choice of a run, typed and checked before any work starts."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from eval.errors import UserError
+
+RECIPES = Path(__file__).parent / "recipes"
+
+Positive = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(gt=0, le=1)]
+
+
+class Strict(BaseModel):
+    """A part of a recipe: unknown keys and values out of range are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Data(Strict):
+    """Where the texts come from: `embedded:train|valid|test`, `hub:DATASET/CONFIG:SPLIT`, or a file."""
+
+    train: str = "embedded:train"
+    calibration: str = "embedded:valid"
+    evaluation: str = "embedded:test"
+
+
+class Load(Strict):
+    """The model: `embedded`, a folder in Hub format, or a Hub id such as `gpt2`."""
+
+    source: str = "embedded"
+    revision: str | None = None
+
+
+class Prune(Strict):
+    """Which attention heads go."""
+
+    ratio: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    scope: Literal["layer", "global"] = "layer"
+    rounding: Literal["floor", "nearest", "ceil"] = "nearest"
+    scores: Literal["taylor", "magnitude", "activation", "random"] = "taylor"
+    compensate: bool = False
+    calibration_blocks: Positive = 32
+    block_size: Positive = 256
+
+
+class Distill(Strict):
+    """Learn from the dense teacher's distribution (Hinton et al. 2015) beside the text."""
+
+    temperature: Annotated[float, Field(gt=0)] = 2.0
+    weight: Annotated[float, Field(ge=0, le=1)] = 0.5
+
+
+class Finetune(Strict):
+    """Recover quality by training; `steps`, if given, takes the place of `epochs`."""
+
+    epochs: Annotated[int, Field(ge=1, le=5)] = 1
+    steps: Positive | None = None
+    block_size: Positive = 256
+    batch_size: Positive = 8
+    accumulation: Positive = 1
+    learning_rate: Annotated[float, Field(gt=0)] = 5e-5
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    warmup_share: Annotated[float, Field(ge=0, le=1)] = 0.05
+    save_steps: Positive = 100
+    distill: Distill | None = None
+
+
+class Quantize(Strict):
+    """INT8 weights for the CPU. `ignore` holds regular expressions of module names that stay FP32."""
+
+    method: Literal["rtn", "gptq"] = "rtn"
+    ignore: list[str] = []
+    calibration_samples: Positive = 32
+    block_size: Positive = 256
+
+
+class Controls(Strict):
+    """The arms without which nobody can tell what pruning cost."""
+
+    dense_finetuned: bool = True
+    random_heads: bool = True
+
+
+class Measure(Strict):
+    """How each row is measured. `context: null` is the model's own limit."""
+
+    text_share: Share = 1.0
+    context: Positive | None = None
+    stride: Positive | None = None
+    prompt_tokens: Positive = 128
+    new_tokens: Positive = 32
+    batch: Positive = 1
+    min_count: Positive = 10
+    min_seconds: Annotated[float, Field(ge=0)] = 2.0
+    latency: bool = True
+    memory: bool = True
+
+
+class Recipe(Strict):
+    """A whole run, from model to INT8."""
+
+    name: str = "custom"
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    data: Data = Data()
+    load: Load = Load()
+    prune: Prune = Prune()
+    finetune: Finetune = Finetune()
+    quantize: Quantize = Quantize()
+    controls: Controls = Controls()
+    measure: Measure = Measure()
+
+
+class PretrainModel(Strict):
+    """The shape to train: GPT-2's architecture, `n_embd = n_head * head_dim`."""
+
+    n_layer: Positive = 4
+    n_head: Positive = 5
+    head_dim: Positive = 64
+    n_positions: Positive = 512
+    vocab_size: Annotated[int, Field(ge=257, le=65536)] = 8192
+
+
+class Pretrain(Strict):
+    """Training from scratch. The rate warms up, stays, and falls linearly to zero over `decay_steps`."""
+
+    name: str = "custom"
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    model: PretrainModel = PretrainModel()
+    style: Literal["wikitext", "plain"] = "plain"
+    tokenizer_bytes: Positive = 20_000_000
+    max_bytes: Positive | None = None
+    validation: str = "embedded:valid"
+    steps: Positive = 1000
+    warmup_steps: Annotated[int, Field(ge=0)] = 100
+    decay_steps: Annotated[int, Field(ge=0)] = 200
+    batch_size: Positive = 16
+    accumulation: Positive = 1
+    muon_learning_rate: Annotated[float, Field(gt=0)] = 0.02
+    adam_learning_rate: Annotated[float, Field(gt=0)] = 3e-3
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    save_steps: Positive = 100
+    eval_steps: Positive = 100
+    eval_blocks: Positive = 64
+    log_steps: Positive = 10
+
+    @model_validator(mode="after")
+    def _phases_fit(self) -> Self:
+        if self.warmup_steps + self.decay_steps > self.steps:
+            raise ValueError(f"warmup_steps + decay_steps exceed steps {self.steps}")
+        return self
+
+
+R = TypeVar("R", bound=Strict)
+
+
+def load_recipe(kind: type[R], name: str | Path, overrides: Iterable[str] = ()) -> R:
+    """A recipe by preset name or YAML file, with `key.sub=value` overrides applied.
+
+    Raises `UserError` for a missing file, bad YAML, an unknown key or a value out of range.
+    """
+    path = Path(name) if str(name).endswith((".yaml", ".yml")) else RECIPES / f"{name}.yaml"
+    if not path.exists():
+        presets = ", ".join(sorted(preset.stem for preset in RECIPES.glob("*.yaml")))
+        raise UserError(f"recipe {name}: not found; give a preset ({presets}) or a .yaml file")
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"recipe {path}: no readable YAML ({str(error).splitlines()[0]})") from error
+    if not isinstance(raw, dict):
+        raise UserError(f"recipe {path}: holds {type(raw).__name__}; a mapping of keys is needed")
+    for override in overrides:
+        _apply(raw, override)
+    return parse_recipe(kind, raw, where=f"recipe {name}")
+
+
+def parse_recipe(kind: type[R], raw: dict[str, Any], where: str = "recipe") -> R:
+    """A checked recipe from plain data. Raises `UserError` naming the first key that is wrong."""
+    try:
+        return kind.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"]) or "recipe"
+        if first["type"] == "extra_forbidden":
+            raise UserError(f"{where}: unknown key '{key}'; known here: {_known(kind, first['loc'])}") from error
+        raise UserError(f"{where}: {key} is {first.get('input')!r}: {first['msg']}") from error
+
+
+def _known(kind: type[BaseModel], location: tuple[int | str, ...]) -> str:
+    """The keys that the recipe part holding `location` knows."""
+    for part in location[:-1]:
+        annotation = kind.model_fields[str(part)].annotation
+        options = [annotation, *get_args(annotation)]
+        kind = next(option for option in options if isinstance(option, type) and issubclass(option, BaseModel))
+    return ", ".join(kind.model_fields)
+
+
+def _apply(raw: dict[str, Any], override: str) -> None:
+    """Set one `key.sub=value` in place; the value is read as YAML."""
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"--set {override}: give key=value, as in prune.ratio=0.3")
+    *parents, last = key.split(".")
+    part = raw
+    for parent in parents:
+        if not isinstance(part.get(parent), dict):
+            part[parent] = {}
+        part = part[parent]
+    try:
+        part[last] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {override}: the value is no YAML") from error
