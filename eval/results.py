@@ -1,0 +1,178 @@
+"""`results.json`: one row for each stage, engine, device and precision, and what was seen on the way."""
+
+import dataclasses
+import json
+import os
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from eval.errors import UserError
+
+SCHEMA = 1
+
+
+@dataclass
+class Quality:
+    """Perplexity of a row. `nll` is the mean negative log-likelihood in nats a scored token."""
+
+    perplexity: float
+    nll: float
+    tokens: int
+    context: int
+    stride: int
+    text_sha256: str
+    text_share: float
+    """The share of the evaluation text that was scored, 0 to 1."""
+
+
+@dataclass
+class Timing:
+    """Raw samples in seconds and what follows from them."""
+
+    samples: list[float]
+    count: int
+    mean: float
+    p50: float
+    p90: float
+    p99: float
+    ci95: tuple[float, float]
+    """Bootstrap 95 % interval of the median."""
+
+
+@dataclass
+class Latency:
+    """Prefill is the time to the first token; decode is the time of one later token (both for the whole batch)."""
+
+    prompt_tokens: int
+    new_tokens: int
+    batch: int
+    prefill: Timing
+    decode: Timing
+
+
+@dataclass
+class Memory:
+    """Bytes, read in a fresh process after prompt and decode. GPU fields are `None` on a CPU."""
+
+    peak_rss: int
+    rss: int
+    uss: int
+    pss: int | None
+    baseline_rss: int
+    """Resident size before the model was loaded: what the libraries alone cost."""
+    gpu_allocator_peak: int | None = None
+    gpu_process: int | None = None
+
+
+@dataclass
+class Row:
+    """One line of the table."""
+
+    stage: str
+    engine: str
+    device: str
+    precision: str
+    role: str = "chain"
+    """`chain` for a step of the compression, `baseline` for an export to compare with, `control` for a control arm."""
+    compute: str = ""
+    """How it was computed, in words: hints, KV-cache precision, threads."""
+    parameters: int | None = None
+    bytes_on_disk: int | None = None
+    quality: Quality | None = None
+    latency: Latency | None = None
+    memory: Memory | None = None
+    skipped: str | None = None
+    """Why the row was not measured here; `None` if it was."""
+
+    @property
+    def key(self) -> str:
+        """What tells rows apart, as in `finetune/torch/cpu/fp32`."""
+        return "/".join((self.stage, self.engine, self.device, self.precision))
+
+
+@dataclass
+class Heads:
+    """Head scores of a pruning. `scores[layer][head]`; `kept[layer]` holds the kept head indices."""
+
+    method: str
+    scope: str
+    scores: list[list[float]]
+    kept: list[list[int]]
+
+
+@dataclass
+class CurvePoint:
+    """One logged moment of a training; `loss` in nats a token, `rate` the learning rate."""
+
+    step: int
+    epoch: float
+    loss: float
+    rate: float | None = None
+
+
+@dataclass
+class Results:
+    """The whole file. `run` tells machine, versions, recipe, date, seconds a stage."""
+
+    run: dict[str, Any]
+    rows: list[Row]
+    heads: dict[str, Heads] = field(default_factory=dict)
+    """By stage: `prune`, `control-random`."""
+    curves: dict[str, list[CurvePoint]] = field(default_factory=dict)
+    """By stage: `finetune`, `control-finetune`."""
+    schema: int = SCHEMA
+
+    def to_json(self) -> str:
+        """The file's text; floats in full, keys in order."""
+        return json.dumps(dataclasses.asdict(self), indent=1, allow_nan=False)
+
+
+def save_results(results: Results, path: Path) -> None:
+    """Write atomically: a reader sees the old file or the new one."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    with os.fdopen(handle, "w", encoding="utf-8") as file:
+        file.write(results.to_json())
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def load_results(path: Path) -> Results:
+    """Read and check a results file. Raises `UserError` where it is missing, damaged or of another schema."""
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; run the pipeline first") from error
+    except ValueError as error:
+        raise UserError(f"{path}: damaged JSON ({error}); run the pipeline again") from error
+    schema = raw.get("schema") if isinstance(raw, dict) else None
+    if schema != SCHEMA:
+        raise UserError(f"{path}: schema {schema}, this version reads {SCHEMA}; run the pipeline again")
+    try:
+        return Results(
+            run=raw["run"],
+            rows=[_row(row) for row in raw["rows"]],
+            heads={stage: Heads(**heads) for stage, heads in raw["heads"].items()},
+            curves={stage: [CurvePoint(**point) for point in curve] for stage, curve in raw["curves"].items()},
+        )
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path}: does not follow schema {SCHEMA} ({error}); run the pipeline again") from error
+
+
+def _row(raw: dict[str, Any]) -> Row:
+    row = Row(**raw)
+    if raw["quality"] is not None:
+        row.quality = Quality(**raw["quality"])
+    if raw["latency"] is not None:
+        latency = dict(raw["latency"])
+        latency["prefill"], latency["decode"] = (_timing(latency[part]) for part in ("prefill", "decode"))
+        row.latency = Latency(**latency)
+    if raw["memory"] is not None:
+        row.memory = Memory(**raw["memory"])
+    return row
+
+
+def _timing(raw: dict[str, Any]) -> Timing:
+    return Timing(**{**raw, "ci95": tuple(raw["ci95"])})
