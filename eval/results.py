@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -124,19 +123,25 @@ class Results:
     """By stage: `finetune`, `control-finetune`."""
     schema: int = SCHEMA
 
-    def to_json(self) -> str:
-        """The file's text; floats in full, keys in order."""
-        return json.dumps(dataclasses.asdict(self), indent=1, allow_nan=False)
-
 
 def save_results(results: Results, path: Path) -> None:
-    """Write atomically: a reader sees the old file or the new one."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        file.write(results.to_json())
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    """Write `results.json` atomically: a reader sees the old file or the new one."""
+    save_json(dataclasses.asdict(results), path)
+
+
+def save_json(value: Any, path: Path) -> None:
+    """Write plain data as JSON atomically; NaN and infinity are refused with `ValueError`."""
+    text = json.dumps(value, indent=1, allow_nan=False)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def load_results(path: Path) -> Results:
@@ -157,7 +162,7 @@ def load_results(path: Path) -> Results:
             heads={stage: Heads(**heads) for stage, heads in raw["heads"].items()},
             curves={stage: [CurvePoint(**point) for point in curve] for stage, curve in raw["curves"].items()},
         )
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path}: does not follow schema {SCHEMA} ({error}); run the pipeline again") from error
 
 
@@ -166,12 +171,15 @@ def _row(raw: dict[str, Any]) -> Row:
     if raw["quality"] is not None:
         row.quality = Quality(**raw["quality"])
     if raw["latency"] is not None:
-        latency = dict(raw["latency"])
-        latency["prefill"], latency["decode"] = (_timing(latency[part]) for part in ("prefill", "decode"))
-        row.latency = Latency(**latency)
+        row.latency = latency_from(raw["latency"])
     if raw["memory"] is not None:
         row.memory = Memory(**raw["memory"])
     return row
+
+
+def latency_from(raw: dict[str, Any]) -> Latency:
+    """A `Latency` from its plain form."""
+    return Latency(**{**raw, "prefill": _timing(raw["prefill"]), "decode": _timing(raw["decode"])})
 
 
 def _timing(raw: dict[str, Any]) -> Timing:

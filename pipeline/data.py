@@ -69,11 +69,13 @@ def tokenize_dataset(dataset: Any, tokenizer: Any, block_size: int, *, pack: boo
 
 def _text_rows(dataset: Any) -> list[str]:
     columns = getattr(dataset, "column_names", None)
-    if columns is None:
-        return list(dataset)
-    if "text" not in columns:
+    if columns is not None and "text" not in columns:
         raise UserError(f"the dataset has columns {columns}; one named 'text' is needed")
-    return list(dataset["text"])
+    rows = list(dataset if columns is None else dataset["text"])
+    for number, row in enumerate(rows):
+        if not isinstance(row, str):
+            raise UserError(f"row {number} of the dataset holds {type(row).__name__}; every row must be text")
+    return rows
 
 
 def encode(text: str, tokenizer: Any) -> np.ndarray:

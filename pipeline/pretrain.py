@@ -1,7 +1,6 @@
 """Train CompactGPT2 from scratch with the Hugging Face `Trainer`: tokenizer, shards, model, curve."""
 
 import json
-import math
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -9,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments, set_seed
+from transformers import PreTrainedTokenizerFast, Trainer, set_seed
 
 from eval.errors import UserError
 from pipeline import hardware
@@ -17,6 +16,7 @@ from pipeline.data import TokenBlocks, encode_many, read_text, tokenize_dataset
 from pipeline.model import CompactGPT2Config, CompactGPT2LMHeadModel
 from pipeline.optim import MuonAdamW, pretraining_groups
 from pipeline.recipe import Pretrain
+from pipeline.training import arguments, run
 from pipeline.wikitext import DOCUMENT_MARK, styled_documents
 
 
@@ -66,49 +66,31 @@ def pretrain(recipe: Pretrain, files: Sequence[Path], out: Path, validation_text
     )
     trainer = Trainer(
         model=model,
-        args=_arguments(recipe, out),
+        args=arguments(
+            out,
+            hardware.default_device(),
+            recipe.seed,
+            max_steps=recipe.steps,
+            per_device_train_batch_size=recipe.batch_size,
+            per_device_eval_batch_size=recipe.batch_size,
+            gradient_accumulation_steps=recipe.accumulation,
+            lr_scheduler_type="warmup_stable_decay",
+            lr_scheduler_kwargs={"num_decay_steps": recipe.decay_steps, "decay_type": "linear"},
+            warmup_steps=recipe.warmup_steps,
+            eval_strategy="steps",
+            eval_steps=recipe.eval_steps,
+            save_steps=recipe.save_steps,
+            logging_steps=recipe.log_steps,
+        ),
         train_dataset=blocks,
         eval_dataset=validation,
         optimizers=(optimizer, None),
     )
-    trainer.train(resume_from_checkpoint=_has_checkpoint(out))
+    curve = run(trainer, "pretrain")
     model.save_pretrained(out / "model")
     tokenizer.save_pretrained(out / "model")
-    (out / "curve.json").write_text(json.dumps(trainer.state.log_history, indent=1))
+    (out / "curve.json").write_text(json.dumps(curve, indent=1))
     return out / "model"
-
-
-def _arguments(recipe: Pretrain, out: Path) -> TrainingArguments:
-    device = hardware.default_device()
-    dtype = hardware.autocast_dtype(device)
-    return TrainingArguments(
-        output_dir=str(out),
-        max_steps=recipe.steps,
-        per_device_train_batch_size=recipe.batch_size,
-        per_device_eval_batch_size=recipe.batch_size,
-        gradient_accumulation_steps=recipe.accumulation,
-        learning_rate=recipe.adam_learning_rate,
-        lr_scheduler_type="warmup_stable_decay",
-        lr_scheduler_kwargs={"num_decay_steps": recipe.decay_steps, "decay_type": "linear"},
-        warmup_steps=recipe.warmup_steps,
-        max_grad_norm=1.0,
-        bf16=str(dtype) == "torch.bfloat16",
-        fp16=str(dtype) == "torch.float16",
-        use_cpu=device == "cpu",
-        eval_strategy="steps",
-        eval_steps=recipe.eval_steps,
-        save_steps=recipe.save_steps,
-        save_total_limit=2,
-        logging_steps=recipe.log_steps,
-        seed=recipe.seed,
-        data_seed=recipe.seed,
-        report_to="none",
-        remove_unused_columns=False,
-    )
-
-
-def _has_checkpoint(out: Path) -> bool:
-    return any((path / "trainer_state.json").exists() for path in out.glob("checkpoint-*"))
 
 
 def _same_choices(recipe: Pretrain, files: Sequence[Path], out: Path) -> None:
@@ -182,8 +164,3 @@ def _blocks(recipe: Pretrain, files: Sequence[Path], tokenizer: Any, out: Path) 
         np.save(partial, ids[: count * length].reshape(count, length))
         os.replace(partial, path)
     return TokenBlocks(np.load(path, mmap_mode="r"))
-
-
-def bits_per_byte(nll: float, text_bytes: int) -> float:
-    """Total negative log-likelihood in nats over the bytes of the raw text."""
-    return nll / math.log(2) / text_bytes

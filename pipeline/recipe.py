@@ -18,7 +18,7 @@ Share = Annotated[float, Field(gt=0, le=1)]
 class Strict(BaseModel):
     """A part of a recipe: unknown keys and values out of range are errors."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Data(Strict):

@@ -1,0 +1,52 @@
+# `make demo` and `make test` do everything on a machine with Python 3.11 and make.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+RUN    := runs/demo
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow full-size lint format gpu notebook tensorboard clean
+
+help:  ## what there is to make
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+$(VENV)/.ready: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --requirement requirements.txt
+	@touch $@
+
+$(VENV)/.ready-dev: requirements-dev.txt $(VENV)/.ready
+	$(BIN)/pip install --quiet --requirement requirements-dev.txt
+	@touch $@
+
+demo: $(VENV)/.ready  ## the whole chain on the embedded model: no network, no GPU
+	$(BIN)/python -m pipeline run --recipe demo --out $(RUN)
+
+test: $(VENV)/.ready-dev  ## the test suite (under 10 minutes on 2 cores)
+	$(BIN)/python -m pytest -q
+
+test-slow: $(VENV)/.ready-dev  ## the proofs that take minutes
+	$(BIN)/python -m pytest -q -m slow
+
+lint: $(VENV)/.ready-dev  ## ruff, ruff-format, mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.ready-dev  ## let ruff mend what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+gpu:  ## on a machine with a GPU (its own python3, torch and pytest): GPU tests, then timings to JSON
+	python3 -m pytest -q -m gpu tests/gpu
+	python3 -m benchmarks.gpu --out $${OUT:-runs/gpu}
+
+notebook: $(VENV)/.ready  ## run project.ipynb from top to bottom and keep its outputs
+	$(BIN)/python -m benchmarks.notebook project.ipynb
+
+tensorboard: $(VENV)/.ready  ## profile the demo's stages and open the traces
+	$(BIN)/python -m pipeline profile $(RUN)/finetune/model --out $(RUN)/traces
+	$(BIN)/tensorboard --logdir $(RUN)/traces
+
+clean:  ## remove the virtual environment and caches; runs stay
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,240 @@
+"""The run folder: stages that are whole or absent, and manifests that prove what they hold."""
+
+import contextlib
+import errno
+import fcntl
+import functools
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from eval.errors import UserError, WorkError
+
+MANIFEST = "stage.json"
+_PACKAGES = (
+    "torch",
+    "transformers",
+    "optimum-intel",
+    "openvino",
+    "nncf",
+    "neural-compressor",
+    "datasets",
+    "accelerate",
+    "numpy",
+)
+
+
+@dataclass
+class Manifest:
+    """`stage.json`: what made a stage, and the sha256 of each of its files."""
+
+    stage: str
+    fingerprint: str
+    config: dict[str, Any]
+    inputs: dict[str, str]
+    """Fingerprints of the stages it was made from."""
+    texts: dict[str, str]
+    """The sha256 of each text it read."""
+    seed: int
+    details: dict[str, Any]
+    """What the stage found out: kept heads, learning curve, weight errors."""
+    files: dict[str, str]
+    seconds: float
+    machine: dict[str, Any]
+    versions: dict[str, str]
+    git_commit: str | None
+    date: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+
+
+def fingerprint(value: Any) -> str:
+    """A short hash of plain data, the same for the same content."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def sha256_file(path: Path) -> str:
+    """The sha256 of a file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_tree(folder: Path) -> dict[str, str]:
+    """The sha256 of each file below a folder, by relative path; a manifest at its top is left out."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
+    return {path.relative_to(folder).as_posix(): sha256_file(path) for path in files}
+
+
+def tree_bytes(folder: Path, pattern: str) -> int:
+    """Bytes of the files in `folder` that match `pattern`."""
+    return sum(path.stat().st_size for path in folder.glob(pattern))
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide a result; absent ones are left out."""
+    found = {"python": sys.version.split()[0]}
+    for package in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
+
+
+@functools.cache
+def git_commit() -> str | None:
+    """The commit of this source tree, with `+` if it was changed since; `None` outside a checkout."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+@contextlib.contextmanager
+def disk_errors(where: Path) -> Iterator[None]:
+    """Turn a full or read-only disk below `where` into one clear line."""
+    try:
+        yield
+    except Exception as error:
+        # safetensors and torch wrap the system's error, so its text must serve too.
+        code, text = getattr(error, "errno", None), str(error)
+        if code in (errno.ENOSPC, errno.EDQUOT) or "No space left" in text or "quota exceeded" in text:
+            raise WorkError(
+                f"{where}: no space left on the disk; free some and run again, finished stages stay"
+            ) from error
+        if code in (errno.EROFS, errno.EACCES, errno.EPERM):
+            name = getattr(error, "filename", None) or where
+            raise UserError(f"{name}: {os.strerror(code)}; give an --out folder that you may write to") from error
+        raise
+
+
+class RunFolder:
+    """`runs/NAME/`: finished stages, measurements, results; one process works in it at a time."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the folder; the lock falls with the process, however it ends.
+
+        Raises `UserError` if another run holds it or it cannot be made.
+        """
+        with disk_errors(self.path):
+            if self.path.exists() and not self.path.is_dir():
+                raise UserError(f"{self.path}: is a file; give a folder as --out")
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = (self.path / ".lock").open("w")
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise UserError(
+                    f"{self.path}: another run is at work here; wait for it or give another --out"
+                ) from error
+            yield
+
+    def stage(self, name: str) -> Path:
+        """The folder of a finished stage, whether it is there or not."""
+        return self.path / name
+
+    def manifest(self, name: str) -> Manifest | None:
+        """The manifest of a stage; `None` if the stage is not there. Raises `UserError` if it is damaged."""
+        path = self.stage(name) / MANIFEST
+        if not self.stage(name).exists():
+            return None
+        try:
+            return Manifest(**json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(f"{path}: missing or damaged; make the stage again with --force {name}") from error
+
+    def verify(self, name: str) -> Manifest:
+        """The manifest of a stage whose files all have the sha256 it names.
+
+        Raises `UserError` if the stage is missing, or a file is missing, changed or truncated.
+        """
+        manifest = self.manifest(name)
+        if manifest is None:
+            raise UserError(f"{self.stage(name)}: no such stage; run: python -m pipeline {name} --out {self.path}")
+        found = sha256_tree(self.stage(name))
+        for file, digest in manifest.files.items():
+            if found.get(file) != digest:
+                state = "missing" if file not in found else "not what its manifest says"
+                raise UserError(f"{self.stage(name) / file}: {state}; make the stage again with --force {name}")
+        return manifest
+
+    def partial(self, name: str, mark: str) -> Path:
+        """The folder where a stage is being made; what an interrupted run of the same stage left is kept."""
+        path = self.path / f".{name}-{mark}.partial"
+        for other in self.path.glob(f".{name}-*.partial"):
+            if other != path:
+                shutil.rmtree(other)
+        path.mkdir(exist_ok=True)
+        return path
+
+    def publish(
+        self,
+        name: str,
+        mark: str,
+        build: Callable[[Path], dict[str, Any]],
+        *,
+        config: dict[str, Any],
+        inputs: dict[str, str],
+        texts: dict[str, str],
+        seed: int,
+        machine: dict[str, Any],
+    ) -> Manifest:
+        """Make a stage: `build` fills a partial folder, which is synced and takes the stage's place at once."""
+        begun = time.monotonic()
+        with disk_errors(self.path):
+            folder = self.partial(name, mark)
+            details = build(folder)
+            manifest = Manifest(
+                stage=name,
+                fingerprint=mark,
+                config=config,
+                inputs=inputs,
+                texts=texts,
+                seed=seed,
+                details=details,
+                files=sha256_tree(folder),
+                seconds=round(time.monotonic() - begun, 3),
+                machine=machine,
+                versions=versions(),
+                git_commit=git_commit(),
+            )
+            (folder / MANIFEST).write_text(json.dumps(asdict(manifest), indent=1), encoding="utf-8")
+            _sync(folder)
+            _replace(folder, self.stage(name))
+        return manifest
+
+
+def _sync(folder: Path) -> None:
+    for path in [*folder.rglob("*"), folder]:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _replace(new: Path, place: Path) -> None:
+    """Put `new` at `place`. A kill in between leaves the stage absent, to be made again; never half of it."""
+    old = place.with_name(f".{place.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if place.exists():
+        place.rename(old)
+    new.rename(place)
+    shutil.rmtree(old, ignore_errors=True)

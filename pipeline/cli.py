@@ -1,0 +1,320 @@
+"""The command line: one verb, one typed function. Heavy imports happen inside the verbs."""
+
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from eval.errors import UserError, WorkError
+
+app = typer.Typer(
+    help=(
+        "Compress GPT-2 and know what each step cost and gained: load, half, prune, finetune, quantize to INT8, "
+        "and measure every stage side by side. Start with: python -m pipeline run --recipe demo"
+    ),
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Out = Annotated[Path, typer.Option(help="The run folder; stages that are up to date there are skipped.")]
+RecipeName = Annotated[str | None, typer.Option("--recipe", help="A preset (demo, gpt2) or a .yaml file.")]
+Set = Annotated[list[str] | None, typer.Option("--set", help="Change one recipe key, as in prune.ratio=0.3.")]
+ModelDir = Annotated[Path, typer.Argument(help="A model folder: safetensors in Hub format, or an OpenVINO IR.")]
+EngineName = Annotated[
+    str | None, typer.Option("--engine", help="torch or openvino; by default what the folder holds.")
+]
+Device = Annotated[str | None, typer.Option(help="cpu or cuda:0 (torch only); by default the GPU if there is one.")]
+Precision = Annotated[str | None, typer.Option(help="fp32, fp16, bf16 or int8; by default what the folder holds.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else on stdout.")]
+Force = Annotated[bool, typer.Option(help="Make the stage again although it is up to date.")]
+
+
+def _recipe(name: str | None, changes: list[str] | None, out: Path) -> Any:
+    """The recipe named, else the one the run folder keeps, else the demo."""
+    from pipeline.recipe import Recipe, load_recipe
+
+    kept = out / "recipe.yaml"
+    return load_recipe(Recipe, name or (kept if kept.exists() else "demo"), changes or [])
+
+
+@app.command()
+def run(
+    recipe: RecipeName = None,
+    out: Out = Path("runs/demo"),
+    set: Set = None,
+    until: Annotated[str | None, typer.Option(help="Stop after this stage.")] = None,
+    force: Annotated[list[str] | None, typer.Option(help="Make this stage again although it is up to date.")] = None,
+    as_json: Json = False,
+) -> Any:
+    """The whole chain: every stage, every measurement, the table and the report. Interrupted, it resumes."""
+    from pipeline.runner import RESULTS, Runner
+
+    results = Runner(_recipe(recipe, set, out), out).execute(until=until, force=force or [])
+    if as_json:
+        print((out / RESULTS).read_text(encoding="utf-8"))
+    else:
+        _print_table(results)
+        print(f"\nReport: {out / 'report.html'}")
+    return results
+
+
+def _stage(name: str, out: Path, recipe: str | None, changes: list[str] | None, force: bool) -> Any:
+    from pipeline.runner import Runner
+
+    results = Runner(_recipe(recipe, changes, out), out).stage(name, force=force)
+    if results.rows:
+        _print_table(results)
+    return results
+
+
+@app.command()
+def load(out: Out = Path("runs/demo"), recipe: RecipeName = None, set: Set = None, force: Force = False) -> Any:
+    """Stage 1: bring a GPT-2 in (Hub, folder or embedded), in FP32."""
+    return _stage("load", out, recipe, set, force)
+
+
+@app.command()
+def half(out: Out = Path("runs/demo"), recipe: RecipeName = None, set: Set = None, force: Force = False) -> Any:
+    """Stage 2: the weights in FP16."""
+    return _stage("half", out, recipe, set, force)
+
+
+@app.command()
+def prune(out: Out = Path("runs/demo"), recipe: RecipeName = None, set: Set = None, force: Force = False) -> Any:
+    """Stage 3: score the attention heads and cut the weakest out of the matrices."""
+    return _stage("prune", out, recipe, set, force)
+
+
+@app.command()
+def finetune(out: Out = Path("runs/demo"), recipe: RecipeName = None, set: Set = None, force: Force = False) -> Any:
+    """Stage 4: recover what pruning cost. Also under torchrun and accelerate launch."""
+    return _stage("finetune", out, recipe, set, force)
+
+
+@app.command()
+def quantize(out: Out = Path("runs/demo"), recipe: RecipeName = None, set: Set = None, force: Force = False) -> Any:
+    """Stage 5: INT8 weights, exported to OpenVINO for the CPU, with FP32 and FP16 beside it."""
+    return _stage("quantize", out, recipe, set, force)
+
+
+@app.command()
+def evaluate(
+    model: ModelDir,
+    engine: EngineName = None,
+    text: Annotated[
+        str, typer.Option(help="embedded:test, hub:DATASET[@CONFIG]:SPLIT, or a text file.")
+    ] = "embedded:test",
+    stride: Annotated[int | None, typer.Option(help="Tokens between windows; by default the context.")] = None,
+    context: Annotated[int | None, typer.Option(help="Tokens a window; by default the model's limit.")] = None,
+    device: Device = None,
+    precision: Precision = None,
+    as_json: Json = False,
+) -> Any:
+    """Perplexity of a model folder on a text, by sliding window."""
+    from dataclasses import asdict
+
+    from eval.perplexity import perplexity
+    from pipeline.checkpoint import load_tokenizer
+    from pipeline.data import encode, sha256_text
+    from pipeline.engines import default_engine, load_engine
+    from pipeline.texts import load_text
+
+    loaded = load_engine(engine or default_engine(model), model, device=device, precision=precision)
+    content = load_text(text)
+    window = context or loaded.context
+    quality = perplexity(
+        loaded,
+        encode(content, load_tokenizer(model)),
+        context=window,
+        stride=stride or window,
+        text_sha256=sha256_text(content),
+        text_share=1.0,
+    )
+    if as_json:
+        print(json.dumps({"engine": loaded.name, "compute": loaded.compute, **asdict(quality)}))
+    else:
+        print(f"perplexity {quality.perplexity:.4f}  ({quality.tokens:,} tokens, {quality.nll:.4f} nats a token)")
+        print(f"{loaded.name} on {loaded.device}: {loaded.compute}; context {quality.context}, stride {quality.stride}")
+    return quality
+
+
+@app.command()
+def generate(
+    model: ModelDir,
+    prompt: Annotated[str, typer.Option(help="The text to go on from.")],
+    engine: EngineName = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_k: Annotated[int | None, typer.Option(help="Sample among the k likeliest.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Sample among the fewest that reach this share.")] = None,
+    seed: int = 0,
+    device: Device = None,
+    precision: Precision = None,
+) -> str:
+    """Go on from a prompt; the text streams to stdout."""
+    from pipeline.checkpoint import load_tokenizer
+    from pipeline.engines import default_engine, load_engine
+    from pipeline.generation import generate as pieces
+
+    loaded = load_engine(engine or default_engine(model), model, device=device, precision=precision)
+    text = ""
+    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+    for piece in pieces(loaded, load_tokenizer(model), prompt, max_new_tokens=max_new_tokens, **sampling):  # type: ignore[arg-type]
+        print(piece, end="", flush=True)
+        text += piece
+    print()
+    return text
+
+
+@app.command()
+def bench(
+    models: Annotated[
+        list[Path], typer.Argument(help="Model folders; the first one is what the others are compared with.")
+    ],
+    engine: Annotated[list[str] | None, typer.Option("--engine", help="One for each folder, or one for all.")] = None,
+    prompt_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    new_tokens: Annotated[int, typer.Option(min=1)] = 32,
+    batch: Annotated[int, typer.Option(min=1)] = 1,
+    device: Device = None,
+    precision: Precision = None,
+    as_json: Json = False,
+) -> Any:
+    """Prefill and decode latency side by side, interleaved, with ratios and their 95 % intervals."""
+    from pipeline.bench import bench as compare
+    from pipeline.bench import format_bench
+
+    outcome = compare(
+        models,
+        engine or [],
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        batch=batch,
+        device=device,
+        precision=precision,
+    )
+    print(json.dumps(outcome) if as_json else format_bench(outcome))
+    return outcome
+
+
+@app.command()
+def profile(
+    model: ModelDir,
+    out: Annotated[Path, typer.Option(help="The TensorBoard log folder.")] = Path("runs/profile"),
+    engine: EngineName = None,
+    prompt_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    new_tokens: Annotated[int, typer.Option(min=1)] = 8,
+    device: Device = None,
+    precision: Precision = None,
+) -> Path:
+    """torch.profiler traces, a kernel table and scalars, for TensorBoard and Perfetto."""
+    from eval.profiling import profile as trace
+
+    from pipeline.checkpoint import load_tokenizer
+    from pipeline.data import encode
+    from pipeline.engines import default_engine, load_engine
+    from pipeline.texts import load_text
+
+    loaded = load_engine(engine or default_engine(model), model, device=device, precision=precision)
+    ids = encode(load_text("embedded:test")[: 40 * prompt_tokens], load_tokenizer(model))
+    folder = trace(
+        loaded, ids, out, name=model.parent.name or model.name, prompt_tokens=prompt_tokens, new_tokens=new_tokens
+    )
+    print(f"Traces: {folder}\nOpen:   tensorboard --logdir {out}   (or load the .json in https://ui.perfetto.dev)")
+    return folder
+
+
+@app.command()
+def report(run_folder: Annotated[Path, typer.Argument(help="A run folder with results.json.")]) -> Path:
+    """Draw figures and report again from results.json."""
+    from eval.results import load_results
+    from pipeline.report import write_report
+    from pipeline.runner import RESULTS
+
+    path = write_report(run_folder)
+    _print_table(load_results(run_folder / RESULTS))
+    print(f"\nReport: {path}")
+    return path
+
+
+@app.command()
+def pretrain(
+    text: Annotated[list[Path], typer.Option(help="Training text (.txt or .txt.xz); repeat for more files.")],
+    recipe: Annotated[str, typer.Option(help="A preset (mini) or a .yaml file.")] = "mini",
+    out: Annotated[Path, typer.Option(help="Checkpoints, curve and model; resumes what is there.")] = Path("runs/mini"),
+    set: Set = None,
+) -> Path:
+    """Train a GPT-2-architecture model and its tokenizer from scratch."""
+    from pipeline.pretrain import pretrain as train
+    from pipeline.recipe import Pretrain, load_recipe
+    from pipeline.texts import load_text
+
+    choices = load_recipe(Pretrain, recipe, set or [])
+    folder = train(choices, text, out, load_text(choices.validation))
+    print(f"Model: {folder}")
+    return folder
+
+
+@app.command()
+def doctor(as_json: Json = False) -> Any:
+    """What works on this machine, and why the rest does not."""
+    from pipeline.doctor import diagnose, format_findings
+
+    findings = diagnose()
+    print(json.dumps(findings) if as_json else format_findings(findings))
+    return findings
+
+
+@app.command(hidden=True)
+def probe(
+    model: ModelDir,
+    engine: EngineName = None,
+    device: Device = None,
+    precision: Precision = None,
+    prompt_tokens: int = 128,
+    new_tokens: int = 32,
+    batch: int = 1,
+) -> None:
+    """Memory of one engine in this fresh process, as JSON: what `run` starts for its memory column."""
+    from dataclasses import asdict
+
+    import torch
+
+    from eval.memory import exercise
+    from pipeline.engines import default_engine, load_engine
+
+    name = engine or default_engine(model)
+    prompt = torch.arange(prompt_tokens).repeat(batch, 1)
+    memory = exercise(lambda: load_engine(name, model, device=device, precision=precision), prompt, new_tokens)
+    print(json.dumps(asdict(memory)))
+
+
+def _print_table(results: Any) -> None:
+    from pipeline.report import table
+
+    print(table(results))
+
+
+def main() -> None:
+    """Run a verb. Exit 2 with one line on stderr for the user's mistakes, 1 for failed work."""
+    # Libraries that chat or phone home are told not to, before any of them is imported.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    for chatty in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(chatty).setLevel(logging.ERROR)
+    try:
+        app(standalone_mode=True)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except WorkError as error:
+        print(f"failed: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("interrupted; run the same command to resume", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,32 @@
+"""The ways to run a checkpoint, behind one protocol (`eval.engine.Engine`)."""
+
+from pathlib import Path
+
+from eval.engine import Engine
+from eval.errors import UserError
+
+ENGINES = ("torch", "openvino")
+
+
+def load_engine(name: str, folder: Path, *, device: str | None = None, precision: str | None = None) -> Engine:
+    """The engine `name` on a model folder.
+
+    `device` (torch only) defaults to the GPU where there is one; `precision` to what the folder
+    holds. Raises `UserError` for an unknown engine, or a folder that the engine cannot run.
+    """
+    if name == "torch":
+        from pipeline.engines.torch import TorchEngine
+
+        return TorchEngine.from_folder(folder, device=device, precision=precision)
+    if name == "openvino":
+        from pipeline.engines.openvino import OpenVINOEngine
+
+        if device not in (None, "cpu"):
+            raise UserError(f"engine openvino runs on the CPU here; leave out the device {device}")
+        return OpenVINOEngine.from_folder(folder, precision=precision)
+    raise UserError(f"engine {name!r}: unknown; give one of {', '.join(ENGINES)}")
+
+
+def default_engine(folder: Path) -> str:
+    """The engine that fits a folder: OpenVINO for an IR, torch for safetensors."""
+    return "openvino" if (folder / "openvino_model.xml").exists() else "torch"

@@ -1,0 +1,159 @@
+"""Run an exported IR on the CPU with OpenVINO itself: no optimum, no transformers in the loop."""
+
+import json
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+
+from eval.errors import UserError
+from pipeline.hardware import cpu_has_bf16
+from pipeline.openvino_export import IR_NAME, import_openvino
+
+# OpenVINO's defaults are not FP32: it may compute in bf16, keep keys and values in 8 bits and quantise activations.
+_TRUE_FP32 = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
+_HINTS: dict[str, dict[str, str]] = {
+    "fp32": _TRUE_FP32,
+    "fp16": _TRUE_FP32,
+    "bf16": {"INFERENCE_PRECISION_HINT": "bf16"},
+    "int8": {},
+}
+_STATED = (
+    "INFERENCE_PRECISION_HINT",
+    "KV_CACHE_PRECISION",
+    "DYNAMIC_QUANTIZATION_GROUP_SIZE",
+    "INFERENCE_NUM_THREADS",
+)
+
+
+class OpenVINOEngine:
+    """A stateful IR on the CPU, as an `eval.engine.Engine`; keys and values live inside the infer request."""
+
+    name = "openvino"
+    device = "cpu"
+
+    def __init__(self, compiled: Any, *, precision: str, context: int, vocab_size: int):
+        self.precision = precision
+        self.context = context
+        self.vocab_size = vocab_size
+        self.compute = ", ".join(f"{key}={_text(compiled.get_property(key))}" for key in _STATED)
+        self._request = compiled.create_infer_request()
+        self._past = 0
+
+    @classmethod
+    def from_folder(cls, folder: str | Path, *, precision: str | None = None, threads: int | None = None) -> Self:
+        """Load the IR in `folder`.
+
+        `fp32` and `fp16` (weights stored as such) compute in true FP32, keys and values too; `bf16` computes
+        an FP32 IR in bf16; `int8` runs INT8 weights with OpenVINO's defaults for this CPU. `None` takes what
+        the IR holds. `threads` defaults to OpenVINO's choice. `compute` tells what came to be in force.
+
+        Raises `UserError` where openvino is not installed, the folder holds no IR or a damaged one, the
+        precision does not fit the IR, or the CPU has no bf16.
+        """
+        folder = Path(folder)
+        if precision is not None and precision not in _HINTS:
+            raise UserError(f"precision {precision!r}: OpenVINO runs {', '.join(_HINTS)}")
+        if threads is not None and threads < 1:
+            raise UserError(f"threads is {threads}: give at least 1")
+        config = _read_config(folder)
+        core = import_openvino().Core()
+        xml = folder / IR_NAME
+        if not xml.is_file() or not xml.with_suffix(".bin").is_file():
+            raise UserError(f"{folder}: no {IR_NAME} with its .bin there; export the model with the quantize stage")
+        options = {"PERFORMANCE_HINT": "LATENCY"}
+        if threads is not None:
+            options["INFERENCE_NUM_THREADS"] = str(threads)
+        try:
+            held = _held_precision(core.read_model(xml))
+            precision = precision or held
+            _check_fits(folder, held, precision)
+            compiled = core.compile_model(xml, "CPU", {**options, **_HINTS[precision]})
+        except RuntimeError as error:
+            reason = next((line for line in reversed(str(error).splitlines()) if line.strip()), "no reason given")
+            raise UserError(f"{xml}: damaged IR ({reason.strip()}); export the model again") from error
+        return cls(compiled, precision=precision, context=config["n_positions"], vocab_size=config["vocab_size"])
+
+    def logits(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Logits of all positions, past forgotten before. `[batch, length]` int64 -> `[batch, length, vocab]` FP32.
+
+        Raises `UserError` where the sequence is longer than the context.
+        """
+        self._reset()
+        return torch.from_numpy(self._run(input_ids).copy())
+
+    def prefill(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Forget the past, read a prompt. `[batch, length]` int64 -> the next token's logits `[batch, vocab]` FP32.
+
+        Raises `UserError` where the prompt is longer than the context.
+        """
+        self._reset()
+        return torch.from_numpy(self._run(input_ids)[:, -1].copy())
+
+    def decode(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """Append one token a sequence. `[batch]` int64 -> `[batch, vocab]` FP32.
+
+        Raises `UserError` where the context is full.
+        """
+        return torch.from_numpy(self._run(token_ids.unsqueeze(1))[:, -1].copy())
+
+    def synchronize(self) -> None:
+        """Nothing to wait for: `infer` returns when it is done."""
+
+    def _reset(self) -> None:
+        self._request.reset_state()
+        self._past = 0
+
+    def _run(self, input_ids: torch.Tensor) -> np.ndarray:
+        """Logits `[batch, length, vocab]` in the request's own memory, valid until the next run."""
+        batch, length = input_ids.shape
+        total = self._past + length
+        if total > self.context:
+            raise UserError(f"the sequence would have {total} tokens, the model's context is {self.context}")
+        positions = np.arange(self._past, total, dtype=np.int64)
+        self._request.infer(
+            {
+                "input_ids": np.ascontiguousarray(input_ids.numpy()),
+                "attention_mask": np.ones((batch, total), dtype=np.int64),
+                "position_ids": np.ascontiguousarray(np.broadcast_to(positions, (batch, length))),
+                "beam_idx": np.arange(batch, dtype=np.int32),
+            },
+            share_inputs=True,
+        )
+        self._past = total
+        return self._request.get_output_tensor(0).data
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        return {key: int(config[key]) for key in ("n_positions", "vocab_size")}
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; give a folder that the quantize stage wrote") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: damaged ({error!r}); export the model again") from error
+
+
+def _held_precision(ir: Any) -> str:
+    """What the IR's weights are stored as: INT8 if any is, else the type of its matrices."""
+    types = {
+        node.get_output_element_type(0).get_type_name()
+        for node in ir.get_ordered_ops()
+        if node.get_type_name() == "Constant" and len(node.get_output_shape(0)) == 2
+    }
+    return "int8" if "i8" in types else "fp16" if "f16" in types else "fp32"
+
+
+def _check_fits(folder: Path, held: str, precision: str) -> None:
+    fitting = ("fp32", "bf16") if held == "fp32" else (held,)
+    if precision not in fitting:
+        raise UserError(f"{folder}: holds {held} weights, which run as {' or '.join(fitting)}, not as {precision}")
+    if precision == "bf16" and not cpu_has_bf16():
+        raise UserError("this CPU has no bf16 instructions (AMX or AVX512-BF16); use precision fp32")
+
+
+def _text(value: Any) -> str:
+    """A property's value as OpenVINO writes it: element types by their short name."""
+    return value.get_type_name() if hasattr(value, "get_type_name") else str(value)

@@ -1,0 +1,83 @@
+"""PyTorch eager: the reference engine, on CPU or GPU."""
+
+from pathlib import Path
+from typing import Self
+
+import torch
+from transformers import DynamicCache
+
+from eval.errors import UserError
+from pipeline import hardware
+from pipeline.checkpoint import load_model
+from pipeline.model import CompactGPT2LMHeadModel
+
+_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+class TorchEngine:
+    """Runs a CompactGPT2 as it is.
+
+    `precision` is that of the weights. On a GPU the arithmetic follows it; on a CPU FP16 weights are
+    computed in FP32, since few CPUs multiply FP16, and `compute` says so.
+    """
+
+    name = "torch"
+
+    def __init__(self, model: CompactGPT2LMHeadModel, *, device: str = "cpu", precision: str = "fp32"):
+        weights = _DTYPES[precision]
+        on_cpu = device == "cpu"
+        arithmetic = torch.float32 if on_cpu and weights == torch.float16 else weights
+        # Through the weights' own dtype first, so that their rounding is in the result.
+        self.model = model.to(weights).to(device=device, dtype=arithmetic).eval()
+        self.device, self.precision = device, precision
+        label = {torch.float32: "FP32", torch.float16: "FP16", torch.bfloat16: "BF16"}
+        self.compute = f"{label[weights]} weights, {label[arithmetic]} arithmetic, eager, SDPA"
+        if on_cpu:
+            self.compute += f", {torch.get_num_threads()} threads"
+        self.context = model.config.n_positions
+        self.vocab_size = model.config.vocab_size
+        self.cache = DynamicCache()
+
+    @classmethod
+    def from_folder(cls, folder: Path, *, device: str | None = None, precision: str | None = None) -> Self:
+        """The engine on a model folder, by default on the GPU if there is one and at the folder's precision.
+
+        Raises `UserError` for an unknown precision, a device that is not there, or an unusable folder.
+        """
+        device = device or hardware.default_device()
+        if precision is not None and precision not in _DTYPES:
+            raise UserError(f"engine torch: precision {precision!r}; give one of {', '.join(_DTYPES)}")
+        if device.startswith("cuda") and not torch.cuda.is_available():
+            raise UserError(f"device {device}: {hardware.why_no_gpu()}; leave it out to run on the CPU")
+        if precision is None:
+            stored = load_model(folder, "auto")
+            precision = next(name for name, dtype in _DTYPES.items() if dtype == stored.dtype)
+            return cls(stored, device=device, precision=precision)
+        return cls(load_model(folder, _DTYPES[precision]), device=device, precision=precision)
+
+    @torch.inference_mode()
+    def logits(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """See `eval.engine.Engine`."""
+        return self.model(input_ids.to(self.device), use_cache=False).logits.float()
+
+    @torch.inference_mode()
+    def prefill(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """See `eval.engine.Engine`."""
+        self.cache = DynamicCache()
+        return self._step(input_ids)
+
+    @torch.inference_mode()
+    def decode(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """See `eval.engine.Engine`."""
+        return self._step(token_ids[:, None])
+
+    def _step(self, input_ids: torch.Tensor) -> torch.Tensor:
+        if self.cache.get_seq_length() + input_ids.shape[1] > self.context:
+            raise UserError(f"the text is longer than the model's context of {self.context} tokens; give a shorter one")
+        out = self.model(input_ids.to(self.device), past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        return out.logits[:, -1].float()
+
+    def synchronize(self) -> None:
+        """See `eval.engine.Engine`."""
+        if self.device != "cpu":
+            torch.cuda.synchronize(self.device)

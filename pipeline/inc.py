@@ -1,0 +1,325 @@
+"""INT8 weights with Intel Neural Compressor 3: the `INCQuantizer` surface that optimum-intel 2.0 dropped.
+
+Round-to-nearest (RTN), or GPTQ (Frantar et al. 2023, arXiv 2210.17323) with calibration text.
+"""
+
+import contextlib
+import copy
+import dataclasses
+import json
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from eval.errors import UserError
+from pipeline.data import TokenBlocks
+from pipeline.model import CompactGPT2LMHeadModel
+from pipeline.openvino_export import export_openvino, quiet
+
+REPORT = "quantization.json"
+_HEAD = "lm_head"
+_POSITIONS = "transformer.wpe"
+
+
+@dataclass(frozen=True)
+class WeightOnlyConfig:
+    """How weights become INT8: symmetric, one FP32 scale an output channel (`group_size` -1).
+
+    `ignore` holds regular expressions; a layer whose whole name one of them matches stays FP32. The token
+    embedding is tied to `lm_head` and follows it; the position embedding becomes FP16.
+
+    Raises `UserError` for anything but INT8 codes with one scale a row, which is what the runtime computes with.
+    """
+
+    method: Literal["rtn", "gptq"] = "rtn"
+    bits: int = 8
+    symmetric: bool = True
+    group_size: int = -1
+    ignore: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.method not in ("rtn", "gptq"):
+            raise UserError(f"quantisation method {self.method!r}: give rtn or gptq")
+        if (self.bits, self.symmetric, self.group_size) != (8, True, -1):
+            raise UserError(
+                f"quantisation with bits={self.bits}, symmetric={self.symmetric}, group_size={self.group_size}: "
+                "only bits=8, symmetric=True, group_size=-1 (one scale an output channel) can be exported"
+            )
+        for pattern in self.ignore:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise UserError(f"ignore pattern {pattern!r}: not a regular expression ({error})") from error
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What quantisation did to one layer. `error` is the norm of the weight's change over that of the weight."""
+
+    name: str
+    method: str
+    bits: int
+    scale_min: float
+    scale_max: float
+    error: float
+
+
+class Int8Linear(nn.Module):
+    """`nn.Linear` over INT8: `weight` int8 `[out, in]`, `scale` FP32 `[out, 1]`, `bias` FP32 `[out]` or None."""
+
+    weight: torch.Tensor
+    scale: torch.Tensor
+    bias: torch.Tensor | None
+
+    def __init__(self, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None = None):
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.register_buffer("weight", weight)
+        self.register_buffer("scale", scale)
+        self.register_buffer("bias", bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`[..., in]` FP32 -> `[..., out]` FP32."""
+        return F.linear(x, self.weight.float() * self.scale, self.bias)
+
+
+class Int8Embedding(nn.Module):
+    """`nn.Embedding` that shares the INT8 rows and scales of a tied `Int8Linear`."""
+
+    weight: torch.Tensor
+    scale: torch.Tensor
+
+    def __init__(self, head: Int8Linear):
+        super().__init__()
+        self.register_buffer("weight", head.weight)
+        self.register_buffer("scale", head.scale)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """`[...]` int64 -> `[..., in]` FP32."""
+        return self.weight[ids].float() * self.scale[ids]
+
+
+class HalfEmbedding(nn.Module):
+    """`nn.Embedding` over FP16 rows: half the bytes of the one table that no matrix product reads."""
+
+    weight: torch.Tensor
+
+    def __init__(self, weight: torch.Tensor):
+        super().__init__()
+        self.register_buffer("weight", weight.half())
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """`[...]` int64 -> `[..., width]` FP32."""
+        return self.weight[ids].float()
+
+
+class INCQuantizer:
+    """Quantises a CompactGPT2 with neural-compressor; the model that was passed in stays as it was.
+
+    `report` holds one `LayerReport` for each quantised layer once `quantize` has run.
+    """
+
+    def __init__(self, model: CompactGPT2LMHeadModel, tokenizer: Any = None):
+        if not isinstance(model.lm_head, nn.Linear):
+            raise UserError("the model is quantised already: give the FP32 or FP16 model")
+        self.model = model
+        self.tokenizer = tokenizer
+        self.report: list[LayerReport] = []
+
+    @classmethod
+    def from_pretrained(cls, model: CompactGPT2LMHeadModel, tokenizer: Any = None) -> Self:
+        """A quantizer for `model`; `tokenizer`, if given, is saved beside the result."""
+        return cls(model, tokenizer)
+
+    @torch.no_grad()
+    def quantize(
+        self,
+        quantization_config: Any = None,
+        calibration_dataset: TokenBlocks | None = None,
+        save_directory: str | Path | None = None,
+    ) -> CompactGPT2LMHeadModel:
+        """An FP32 copy of the model whose linear layers are `Int8Linear`, its tied embedding an `Int8Embedding`
+        and its position embedding a `HalfEmbedding`.
+
+        `quantization_config` is a `WeightOnlyConfig` (default: RTN), or neural-compressor's `RTNConfig` or
+        `GPTQConfig` with INT8 codes and one scale a row. GPTQ reads `calibration_dataset`. With
+        `save_directory`, the OpenVINO IR goes there, with config, tokenizer and `quantization.json`.
+
+        Raises `UserError` for a config that cannot be exported, an `ignore` pattern that matches no
+        layer, and GPTQ without calibration text.
+        """
+        config, inc_config = _read_config(quantization_config)
+        model = copy.deepcopy(self.model).float().eval()
+        model.config.use_cache = False  # GPTQ replays blocks: a cache would grow with every replay
+        linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+        ignored = _ignored(config.ignore, [*linears, _POSITIONS])
+        for name in sorted(ignored & linears.keys() - {_HEAD}):
+            inc_config.set_local(re.escape(name), type(inc_config)(dtype="fp32"))
+        total = len(linears.keys() - ignored - {_HEAD})
+        codes = _run_inc(model, inc_config, config.method, calibration_dataset, total)
+
+        result = copy.deepcopy(self.model).float().eval()
+        self.report = []
+        for name, (weight, scale) in codes.items():
+            original = result.get_submodule(name)
+            assert isinstance(original, nn.Linear)
+            if config.method == "gptq":
+                _repair_one_sided(original.weight, weight, scale)
+            self._replace(result, name, original, weight, scale, config.method)
+        if _HEAD not in ignored:
+            # Always RTN: the tensor is an embedding table too, and GPTQ's rounding would trade error between
+            # the columns of a row by the statistics of the head's input alone, at the embedding's expense.
+            head = result.lm_head
+            weight, scale = _rtn_codes(head)
+            self._replace(result, _HEAD, head, weight, scale, "rtn")
+            assert isinstance(result.lm_head, Int8Linear)
+            result.transformer.wte = Int8Embedding(result.lm_head)
+        if _POSITIONS not in ignored:
+            result.transformer.wpe = HalfEmbedding(result.transformer.wpe.weight)
+        if save_directory is not None:
+            self._save(result, Path(save_directory))
+        return result
+
+    def _replace(
+        self,
+        model: CompactGPT2LMHeadModel,
+        name: str,
+        original: nn.Linear,
+        weight: torch.Tensor,
+        scale: torch.Tensor,
+        method: str,
+    ) -> None:
+        bias = None if original.bias is None else original.bias.detach()
+        model.set_submodule(name, Int8Linear(weight, scale, bias))
+        error = (weight.float() * scale - original.weight).norm() / original.weight.norm().clamp_min(1e-30)
+        self.report.append(LayerReport(name, method, 8, scale.min().item(), scale.max().item(), error.item()))
+
+    def _save(self, model: CompactGPT2LMHeadModel, folder: Path) -> None:
+        export_openvino(model, folder, tokenizer=self.tokenizer)
+        layers = [dataclasses.asdict(layer) for layer in self.report]
+        (folder / REPORT).write_text(json.dumps({"layers": layers}, indent=1) + "\n", encoding="utf-8")
+
+
+def _read_config(given: Any) -> tuple[WeightOnlyConfig, Any]:
+    """Our config and neural-compressor's, from either of the two."""
+    with quiet():
+        from neural_compressor.torch.quantization import GPTQConfig, RTNConfig
+
+        if given is None:
+            given = WeightOnlyConfig()
+        if isinstance(given, WeightOnlyConfig):
+            options: dict[str, Any] = {"bits": given.bits, "use_sym": True, "group_size": -1, "use_layer_wise": False}
+            if given.method == "rtn":
+                return given, RTNConfig(**options)
+            # Lazy batch updates of 128 columns (the paper's B) are many times faster than the default of 2048.
+            return given, GPTQConfig(**options, block_size=128, model_path=".")
+        if isinstance(given, (RTNConfig, GPTQConfig)):
+            inc_config = copy.deepcopy(given)
+            inc_config.use_layer_wise = False
+            inc_config.model_path = inc_config.model_path or "."  # read even where nothing is loaded from it
+            method: Literal["rtn", "gptq"] = "gptq" if isinstance(given, GPTQConfig) else "rtn"
+            if given.dtype not in ("int", "int8") or given.use_double_quant or getattr(given, "act_order", False):
+                raise UserError(
+                    f"{type(given).__name__}: give dtype='int', without double quantisation and act_order, "
+                    "which cannot be exported"
+                )
+            bits = 8 if given.dtype == "int8" else given.bits
+            return WeightOnlyConfig(method, bits, given.use_sym, given.group_size), inc_config
+    raise UserError(
+        f"quantization_config is {type(given).__name__}; "
+        "give a WeightOnlyConfig, or neural-compressor's RTNConfig or GPTQConfig"
+    )
+
+
+def _ignored(patterns: tuple[str, ...], names: list[str]) -> set[str]:
+    """The names of the layers to leave alone."""
+    ignored: set[str] = set()
+    for pattern in patterns:
+        matches = {name for name in names if re.fullmatch(pattern, name)}
+        if not matches:
+            raise UserError(f"ignore pattern {pattern!r} matches no layer; layers are named like {names[0]}")
+        ignored |= matches
+    return ignored
+
+
+def _run_inc(
+    model: CompactGPT2LMHeadModel, inc_config: Any, method: str, calibration: TokenBlocks | None, total: int
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Quantise `model` in place; int8 codes `[out, in]` and FP32 scales `[out, 1]` by layer name."""
+    if method == "gptq" and not calibration:
+        raise UserError("GPTQ needs calibration text: give calibration_dataset, or use method rtn")
+    with quiet(), _gptq_repaired(total) if method == "gptq" else contextlib.nullcontext():
+        from neural_compressor.torch.algorithms.weight_only.modules import INCWeightOnlyLinear
+        from neural_compressor.torch.quantization import convert, prepare
+
+        prepared = prepare(model, inc_config)
+        if method == "gptq":
+            assert calibration is not None
+            for index in range(len(calibration)):
+                # Row by row and without padding, which would count in the Hessian.
+                row = calibration[index]
+                ids = row["input_ids"][row["attention_mask"].bool()] if "attention_mask" in row else row["input_ids"]
+                prepared(ids.unsqueeze(0))
+        converted = convert(prepared, use_optimum_format=False)
+        return {
+            name: _unpack(module)
+            for name, module in converted.named_modules()
+            if isinstance(module, INCWeightOnlyLinear)
+        }
+
+
+def _rtn_codes(linear: nn.Linear) -> tuple[torch.Tensor, torch.Tensor]:
+    """One layer's RTN codes and scales; the layer stays as it is."""
+    with quiet():
+        from neural_compressor.torch.quantization import RTNConfig, convert, prepare
+
+        # neural-compressor skips layers by the name lm_head, so this one goes under another.
+        holder = nn.ModuleDict({"table": copy.deepcopy(linear)})
+        config = RTNConfig(bits=8, use_sym=True, group_size=-1, use_layer_wise=False, model_path=".")
+        return _unpack(convert(prepare(holder, config), use_optimum_format=False).table)
+
+
+def _unpack(module: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes and scales from neural-compressor's packed layer."""
+    parts = module.unpack()
+    return parts["int_weight"].to(torch.int8).contiguous(), parts["scales"].float().reshape(-1, 1).contiguous()
+
+
+def _repair_one_sided(weight: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor) -> None:
+    """Requantise, in place, rows without a negative weight, for which neural-compressor's symmetric GPTQ
+    takes a scale half as large as needed and clips the upper half away."""
+    rows = (weight >= 0).all(dim=1) & (weight > 0).any(dim=1)
+    scale[rows] = weight[rows].amax(dim=1, keepdim=True) / 127
+    codes[rows] = (weight[rows] / scale[rows]).round().to(torch.int8)
+
+
+@contextlib.contextmanager
+def _gptq_repaired(total: int) -> Iterator[None]:
+    """GPTQ with two repairs, and a progress bar over `total` layers on stderr.
+
+    neural-compressor 3.10 gives a layer that is excluded by name the first config it finds, so that the
+    layer is quantised all the same; and it stores scales as FP16, though the codes were found for FP32 ones.
+    """
+    from neural_compressor.torch.algorithms.weight_only import gptq
+    from tqdm import tqdm
+
+    packed, lookup = gptq.INCWeightOnlyLinear, gptq.RAWGPTQuantizer.get_layer_config
+    with tqdm(total=total, desc="gptq", unit="layer", file=sys.stderr, leave=False, delay=1) as bar:
+
+        def pack(*args: Any, **kwargs: Any) -> Any:
+            bar.update()
+            return packed(*args, **kwargs, use_optimum_format=False)
+
+        gptq.INCWeightOnlyLinear = pack
+        gptq.RAWGPTQuantizer.get_layer_config = lambda self, name: self.weight_config.get(name)
+        try:
+            yield
+        finally:
+            gptq.INCWeightOnlyLinear, gptq.RAWGPTQuantizer.get_layer_config = packed, lookup

@@ -1,0 +1,206 @@
+"""Measure the stages of a run: which rows there are, and quality, latency and memory of each."""
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from eval.engine import Engine
+from eval.latency import measure as measure_latency
+from eval.memory import memory_in_fresh_process
+from eval.perplexity import perplexity
+from eval.results import Latency, Memory, Quality, Row, latency_from, save_json
+from pipeline import hardware
+from pipeline.artifacts import RunFolder, fingerprint, tree_bytes, versions
+from pipeline.checkpoint import load_tokenizer
+from pipeline.data import encode, sha256_text
+from pipeline.engines import load_engine
+from pipeline.recipe import Recipe
+from pipeline.texts import load_text
+
+VERSION = 1
+_CONTROLS = {"control-finetune": "dense, fine-tuned alike", "control-random": "heads dropped at random"}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One row to be: a folder of a stage, run by one engine on one device at one precision."""
+
+    stage: str
+    folder: str
+    """Below the stage folder: `model`, `model_fp16`, `ir_fp32`, `ir_fp16`."""
+    engine: str
+    device: str
+    precision: str
+    role: str = "chain"
+    timed: bool = True
+    """Whether latency and memory say something that no other row says."""
+    skipped: str | None = None
+
+    @property
+    def key(self) -> str:
+        """As in `eval.results.Row.key`."""
+        return "/".join((self.stage, self.engine, self.device, self.precision))
+
+
+def subjects(stages: Sequence[str]) -> list[Subject]:
+    """The rows that these finished stages call for, in the table's order."""
+    no_gpu = hardware.why_no_gpu()
+    no_bf16 = None if hardware.cpu_has_bf16() else "this CPU has no bf16 units"
+
+    def gpu(stage: str, folder: str, precision: str, role: str = "chain") -> Subject:
+        return Subject(stage, folder, "torch", "cuda:0", precision, role, skipped=no_gpu)
+
+    def ir(folder: str, precision: str, role: str = "baseline", skipped: str | None = None) -> Subject:
+        return Subject("quantize", folder, "openvino", "cpu", precision, role, skipped=skipped)
+
+    rows = {
+        "load": [Subject("load", "model", "torch", "cpu", "fp32"), gpu("load", "model", "fp32")],
+        # On a CPU the FP16 weights are computed in FP32, so only their quality is news.
+        "half": [Subject("half", "model", "torch", "cpu", "fp16", timed=False), gpu("half", "model", "fp16")],
+        "prune": [Subject("prune", "model", "torch", "cpu", "fp16"), gpu("prune", "model", "fp16")],
+        "finetune": [Subject("finetune", "model", "torch", "cpu", "fp32"), gpu("finetune", "model_fp16", "fp16")],
+        "quantize": [
+            ir("ir_fp32", "fp32"),
+            ir("ir_fp32", "bf16", skipped=no_bf16),
+            ir("ir_fp16", "fp16"),
+            ir("model", "int8", "chain"),
+        ],
+        "control-finetune": [
+            Subject("control-finetune", "model", "torch", "cpu", "fp32", "control", timed=False),
+            gpu("control-finetune", "model_fp16", "fp16", "control"),
+        ],
+        "control-random": [
+            Subject("control-random", "model", "torch", "cpu", "fp16", "control", timed=False),
+            gpu("control-random", "model", "fp16", "control"),
+        ],
+    }
+    return [row for stage, found in rows.items() if stage in stages for row in found]
+
+
+class Measurer:
+    """Measures the rows of one run folder; what was measured before and has not changed is kept."""
+
+    def __init__(self, run: RunFolder, recipe: Recipe, fingerprints: dict[str, str]):
+        self.run, self.recipe, self.choices = run, recipe, recipe.measure
+        self.fingerprints = fingerprints
+        self.folder = run.path / "measurements"
+        self._text: tuple[np.ndarray, str] | None = None
+        machine = {"cpu": hardware.cpu(), "gpu": hardware.gpu()}
+        self.circumstances = [VERSION, machine, versions(), recipe.data.evaluation, self.choices.model_dump()]
+
+    def rows(self, stages: Sequence[str], *, latency: bool = True) -> list[Row]:
+        """All rows of the finished `stages`. Without `latency`, only quality is measured."""
+        found = subjects(stages)
+        live = [subject for subject in found if subject.skipped is None]
+        timed = [subject for subject in live if subject.timed] if latency else []
+        qualities = {subject.key: self._quality(subject) for subject in live}
+        memories = {subject.key: self._memory(subject) for subject in timed if self.choices.memory}
+        latencies = self._latencies(timed) if timed and self.choices.latency else {}
+        rows = []
+        for subject in found:
+            row = Row(subject.stage, subject.engine, subject.device, subject.precision, subject.role)
+            row.skipped = subject.skipped
+            details = self.run.verify(subject.stage).details
+            row.parameters = details.get("parameters")
+            row.bytes_on_disk = self._bytes(subject)
+            if subject.skipped is None:
+                row.compute, row.quality = qualities[subject.key]
+                row.memory = memories.get(subject.key)
+                row.latency = latencies.get(subject.key)
+            rows.append(row)
+        return rows
+
+    def _path(self, subject: Subject) -> Path:
+        return self.run.stage(subject.stage) / subject.folder
+
+    def _engine(self, subject: Subject) -> Engine:
+        return load_engine(subject.engine, self._path(subject), device=subject.device, precision=subject.precision)
+
+    def _bytes(self, subject: Subject) -> int:
+        pattern = "openvino_model.*" if subject.engine == "openvino" else "*.safetensors"
+        return tree_bytes(self._path(subject), pattern)
+
+    def _kept(self, kind: str, subjects: Sequence[Subject], make: Callable[[], Any]) -> Any:
+        """The stored measurement of these subjects under these circumstances, or a new one."""
+        mark = fingerprint([kind, self.circumstances, [[s.key, self.fingerprints[s.stage]] for s in subjects]])
+        name = subjects[0].key.replace("/", "-").replace(":", "") if len(subjects) == 1 else subjects[0].device[:4]
+        path = self.folder / f"{kind}-{name}.json"
+        if path.exists():
+            try:
+                stored = json.loads(path.read_text(encoding="utf-8"))
+                if stored["fingerprint"] == mark:
+                    return stored["value"]
+            except (ValueError, KeyError, TypeError):
+                print(f"measure: {path} is damaged; measuring again", file=sys.stderr)
+        value = make()
+        self.folder.mkdir(exist_ok=True)
+        save_json({"fingerprint": mark, "value": value}, path)
+        return value
+
+    def text(self) -> tuple[np.ndarray, str]:
+        """The evaluation text's token ids by the run's own tokenizer, and the text's sha256."""
+        if self._text is None:
+            text = load_text(self.recipe.data.evaluation)
+            tokenizer = load_tokenizer(self.run.stage("load") / "model")
+            self._text = encode(text, tokenizer), sha256_text(text)
+        return self._text
+
+    def _quality(self, subject: Subject) -> tuple[str, Quality]:
+        def make() -> dict[str, Any]:
+            print(f"measure: perplexity of {subject.key}", file=sys.stderr)
+            engine = self._engine(subject)
+            ids, digest = self.text()
+            share = self.choices.text_share
+            context = self.choices.context or engine.context
+            quality = perplexity(
+                engine,
+                ids[: max(2, round(share * len(ids)))],
+                context=context,
+                stride=self.choices.stride or context,
+                text_sha256=digest,
+                text_share=share,
+            )
+            return {"compute": engine.compute, "quality": asdict(quality)}
+
+        value = self._kept("quality", [subject], make)
+        return value["compute"], Quality(**value["quality"])
+
+    def _memory(self, subject: Subject) -> Memory:
+        def make() -> dict[str, Any]:
+            print(f"measure: memory of {subject.key}", file=sys.stderr)
+            command = [sys.executable, "-m", "pipeline", "probe", str(self._path(subject))]
+            command += ["--engine", subject.engine, "--device", subject.device, "--precision", subject.precision]
+            command += ["--prompt-tokens", str(self.choices.prompt_tokens), "--batch", str(self.choices.batch)]
+            command += ["--new-tokens", str(self.choices.new_tokens)]
+            return asdict(memory_in_fresh_process(command, timeout=600))
+
+        return Memory(**self._kept("memory", [subject], make))
+
+    def _latencies(self, timed: Sequence[Subject]) -> dict[str, Latency]:
+        """Latencies side by side: all rows of one device in one interleaved run."""
+        found: dict[str, Latency] = {}
+        for device in dict.fromkeys(subject.device for subject in timed):
+            group = [subject for subject in timed if subject.device == device]
+
+            def make(group: list[Subject] = group) -> dict[str, Any]:
+                print(f"measure: latency of {len(group)} rows side by side on {group[0].device}", file=sys.stderr)
+                engines = {subject.key: self._engine(subject) for subject in group}
+                measured = measure_latency(
+                    engines,
+                    prompt_pool=self.text()[0],
+                    prompt_tokens=self.choices.prompt_tokens,
+                    new_tokens=self.choices.new_tokens,
+                    batch=self.choices.batch,
+                    min_count=self.choices.min_count,
+                    min_seconds=self.choices.min_seconds,
+                    seed=self.recipe.seed,
+                )
+                return {key: asdict(latency) for key, latency in measured.items()}
+
+            found |= {key: latency_from(raw) for key, raw in self._kept("latency", group, make).items()}
+        return found

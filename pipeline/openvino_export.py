@@ -1,0 +1,146 @@
+"""CompactGPT2 to OpenVINO: a stateful IR whose layers keep their own head counts."""
+
+import contextlib
+import copy
+import logging
+import re
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.utils import logging as transformers_logging
+
+from eval.errors import UserError
+from pipeline.model import CompactGPT2LMHeadModel
+
+IR_NAME = "openvino_model.xml"
+
+
+def export_openvino(
+    model: CompactGPT2LMHeadModel, save_directory: str | Path, *, tokenizer: Any = None, compress_to_fp16: bool = False
+) -> Path:
+    """Write `openvino_model.xml/.bin`, configs and tokenizer into `save_directory`; returns that folder.
+
+    The IR takes `input_ids`, `position_ids` (int64 `[batch, length]`), `attention_mask` (int64 `[batch,
+    past + length]`) and `beam_idx` (int32 `[batch]`), keeps keys and values as its state, and gives FP32
+    `logits` `[batch, length, vocab]`. FP32 weights are stored as FP32, or as FP16 with `compress_to_fp16`;
+    INT8 weights stay INT8 constants, the tied embedding one of them. The same model gives the same bytes.
+    `model` is not changed.
+
+    Raises `UserError` where openvino or optimum-intel is not installed.
+    """
+    openvino = import_openvino()
+    folder = Path(save_directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    # A copy, for the exporter writes into the model's config. Buffers hold INT8 weights: they stay as they are.
+    source = copy.deepcopy(model).eval()
+    for parameter in source.parameters():
+        parameter.data = parameter.data.float()
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".export-") as scratch:
+        with quiet():
+            _trace(source, Path(scratch))
+        ir = openvino.Core().read_model(Path(scratch) / IR_NAME)
+        _name_nodes(ir)
+        openvino.save_model(ir, folder / IR_NAME, compress_to_fp16=compress_to_fp16)
+        del ir  # it maps the scratch files
+    config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    config.dtype = torch.float32
+    config.save_pretrained(folder)
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    return folder
+
+
+def int8_weights(xml: str | Path) -> dict[str, list[int]]:
+    """The INT8 constants of an IR: name -> shape.
+
+    Raises `UserError` where openvino is not installed.
+    """
+    ir = import_openvino().Core().read_model(xml)
+    return {
+        node.get_friendly_name(): list(node.get_output_shape(0))
+        for node in ir.get_ordered_ops()
+        if node.get_type_name() == "Constant" and node.get_output_element_type(0).get_type_name() == "i8"
+    }
+
+
+def import_openvino() -> Any:
+    """The openvino module, without its telemetry, which would go to the network at import.
+
+    Raises `UserError` where it is not installed.
+    """
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+    try:
+        import openvino
+    except ImportError as error:
+        raise UserError(f"openvino cannot be imported ({error}); pip install openvino==2026.4.1") from error
+    return openvino
+
+
+def _trace(model: CompactGPT2LMHeadModel, folder: Path) -> None:
+    """Let optimum trace the model, hide its past in the state and write the IR, all FP32 weights as FP32."""
+    try:
+        from optimum.exporters.openvino.convert import export_from_model
+        from optimum.exporters.openvino.model_configs import GPT2OpenVINOConfig
+        from optimum.utils.input_generators import DummyPastKeyValuesGenerator, DummyTextInputGenerator
+    except ImportError as error:
+        raise UserError(f"optimum-intel cannot be imported ({error}); pip install optimum-intel==2.1.0") from error
+
+    assert model.config.kept_heads is not None
+    head_counts, head_dim = [len(heads) for heads in model.config.kept_heads], model.config.head_dim
+
+    class UnevenPast(DummyPastKeyValuesGenerator):
+        """Example keys and values, each layer with its own head count."""
+
+        def generate(
+            self, input_name: str, framework: str = "pt", int_dtype: str = "int64", float_dtype: str = "fp32"
+        ) -> list[tuple[Any, Any]]:
+            shapes = [(self.batch_size, heads, self.sequence_length, head_dim) for heads in head_counts]
+
+            def example(shape: tuple[Any, ...]) -> Any:
+                return self.random_float_tensor(shape, framework=framework, dtype=float_dtype)
+
+            return [(example(shape), example(shape)) for shape in shapes]
+
+    class UnevenConfig(GPT2OpenVINOConfig):
+        DUMMY_PKV_GENERATOR_CLASS = UnevenPast
+        DUMMY_INPUT_GENERATOR_CLASSES = (DummyTextInputGenerator, UnevenPast)
+
+    config = UnevenConfig(model.config, task="text-generation", use_past=True, use_past_in_inputs=True)
+    export_from_model(
+        model,
+        folder,
+        task="text-generation-with-past",
+        stateful=True,
+        custom_export_configs={"model": config},
+    )
+
+
+def _name_nodes(ir: Any) -> None:
+    """Number the nodes that openvino named from a process-wide counter: the same model, the same bytes."""
+    ir.set_friendly_name("compact_gpt2")
+    for index, node in enumerate(ir.get_ordered_ops()):
+        if re.fullmatch(rf"{node.get_type_name()}_\d+", node.get_friendly_name()):
+            node.set_friendly_name(f"{node.get_type_name()}_{index}")
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep what the libraries print off stdout, and their warnings off stderr; errors stay."""
+    disabled, verbosity = logging.root.manager.disable, transformers_logging.get_verbosity()
+    with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+        transformers_logging.set_verbosity_error()
+        try:
+            yield
+        finally:
+            logging.disable(disabled)
+            transformers_logging.set_verbosity(verbosity)

@@ -1,0 +1,164 @@
+"""The report of a run, from its `results.json` alone: figures, `report.html` in one file, `report.md`."""
+
+import base64
+import os
+import re
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from eval.results import Results, load_results
+from plots import FIGURES, findings
+from plots.rows import by_kind, count, measured
+from plots.table import COLUMNS, MARKS, legend, lines, markdown, markdown_table, note
+from plots.table import text_table as table
+
+__all__ = ["markdown_table", "table", "write_report"]
+
+_TEMPLATES = Path(__file__).parent / "templates"
+_CAPTIONS = {
+    "latency": ("Latency", "Horizontal bars: median prefill and decode time of each row in milliseconds"),
+    "perplexity": ("Perplexity", "Horizontal bars: perplexity of each row, control arms hatched"),
+    "memory": ("Memory", "Horizontal bars: memory of each row in megabytes, peak and unique resident size"),
+    "size": ("Size on disk", "Horizontal bars: bytes on disk of each row in megabytes"),
+    "tradeoff": (
+        "Quality, speed and size",
+        "Scatter plot: perplexity against decode time, marker area is bytes on disk",
+    ),
+    "heads": ("Attention heads", "Heat map: score of each head by layer, crosses mark the pruned heads"),
+    "learning_curves": ("Learning curves", "Lines: training loss in nats per token against the optimizer step"),
+}
+
+
+def write_report(run_folder: Path) -> Path:
+    """Draw the figures into `plots/`, write `report.md` and `report.html`, return the path of the latter.
+
+    The same results give the same bytes.
+    Raises `UserError` where results.json is missing, damaged or of another schema.
+    """
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
+
+    from plots import draw_all
+
+    results = load_results(run_folder / "results.json")
+    drawn = draw_all(results, run_folder / "plots")
+    environment = Environment(
+        loader=FileSystemLoader(_TEMPLATES),
+        autoescape=select_autoescape(enabled_extensions=("html.j2",), default=False),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["markdown"] = markdown
+    environment.filters["fence"] = fence
+    facts = _facts(results, {path.stem: path for path in drawn if path.suffix == ".svg"})
+    for name in ("report.md", "report.html"):
+        _write(run_folder / name, environment.get_template(f"{name}.j2").render(facts))
+    return run_folder / "report.html"
+
+
+def _facts(results: Results, drawings: dict[str, Path]) -> dict[str, Any]:
+    """All that the templates show."""
+    run = results.run
+    return {
+        "title": f"Headroom: {run.get('name', 'run')}",
+        "date": run.get("date"),
+        "summary": findings.summary(results),
+        "columns": COLUMNS,
+        "lines": lines(results),
+        "marks": MARKS,
+        "note": note,
+        "markdown_table": markdown_table(results),
+        "legend": legend(results),
+        "figures": [_figure(name, drawings[name], results) for name in FIGURES if name in drawings],
+        "heads": [(stage, _choice(results, stage)) for stage in results.heads],
+        "arithmetic": findings.pruning_arithmetic(results),
+        "caveats": findings.caveats(results),
+        "protocol": findings.protocol(results),
+        "machine": flat(run.get("machine") or {}),
+        "versions": flat(run.get("versions") or {}),
+        "commit": run.get("git_commit"),
+        "seconds": run.get("seconds") or {},
+        "recipe": _yaml(run.get("recipe") or {}),
+        "command": run.get("command"),
+    }
+
+
+def _figure(name: str, path: Path, results: Results) -> dict[str, str]:
+    title, alt = _CAPTIONS[name]
+    return {
+        "name": name,
+        "title": title,
+        "alt": f"{alt}{_extent(name, results)}.",
+        "data": base64.b64encode(path.read_bytes()).decode("ascii"),
+    }
+
+
+def _extent(name: str, results: Results) -> str:
+    """How much a figure shows, for those who cannot see it."""
+    if name == "heads":
+        return f"; {', '.join(results.heads)}"
+    if name == "learning_curves":
+        ends = (
+            f"{stage} from {curve[0].loss:.3f} to {curve[-1].loss:.3f}"
+            for stage, curve in results.curves.items()
+            if curve
+        )
+        return f"; {', '.join(ends)}"
+    value = {
+        "latency": lambda row: row.latency,
+        "perplexity": lambda row: row.quality,
+        "memory": lambda row: row.memory,
+        "size": lambda row: row.bytes_on_disk,
+        "tradeoff": lambda row: row.latency and row.quality,
+    }[name]
+    groups = by_kind(measured(results, value))
+    shown = " and ".join(count(len(rows), f"{kind} row") for kind, rows in groups.items())
+    return f"; {shown}, whose numbers stand in the table"
+
+
+def _choice(results: Results, stage: str) -> str:
+    """Which heads a pruning kept, layer by layer."""
+    heads = results.heads[stage]
+    layers = (f"layer {layer}: {', '.join(map(str, kept))}" for layer, kept in enumerate(heads.kept))
+    return f"{heads.method} scores, {heads.scope} scope; kept heads in {'; '.join(layers)}."
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Nested data as `(dotted key, text)` pairs."""
+    pairs: list[tuple[str, str]] = []
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict):
+            pairs += flat(value, f"{name}.")
+        elif isinstance(value, list):
+            pairs.append((name, ", ".join(map(str, value)) or "none"))
+        else:
+            pairs.append((name, "none" if value is None else str(value)))
+    return pairs
+
+
+def fence(text: str, language: str = "") -> str:
+    """A Markdown code block that no run of backticks within can end."""
+    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
+    marks = "`" * max(3, longest + 1)
+    return f"{marks}{language}\n{text.rstrip()}\n{marks}"
+
+
+def _yaml(recipe: dict[str, Any]) -> str:
+    import yaml
+
+    return yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=100)
+
+
+def _write(path: Path, text: str) -> None:
+    """Write atomically: a reader sees the old file or the new one."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        Path(temporary).chmod(0o644)
+        os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)

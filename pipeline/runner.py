@@ -1,0 +1,187 @@
+"""Order the stages, skip what is up to date, resume what was cut off, measure, report."""
+
+import shlex
+
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+import yaml
+
+from eval.errors import UserError
+from eval.results import CurvePoint, Heads, Results, save_results
+from pipeline import hardware
+from pipeline.artifacts import RunFolder, fingerprint, git_commit, versions
+from pipeline.data import sha256_text
+from pipeline.measure import Measurer
+from pipeline.recipe import Recipe
+from pipeline.report import write_report
+from pipeline.stages import BY_NAME, STAGES, Job, Stage
+from pipeline.texts import load_text, refuse_overlap
+from pipeline.training import is_main_process, world_size
+
+RESULTS = "results.json"
+
+
+class Runner:
+    """One run folder and the recipe it follows."""
+
+    def __init__(self, recipe: Recipe, out: Path):
+        self.recipe = recipe
+        self.run = RunFolder(out)
+        self.device = hardware.default_device()
+        self._digests: dict[str, str] = {}
+        self._fingerprints: dict[str, str] = {}
+
+    def execute(self, *, until: str | None = None, force: Sequence[str] = ()) -> Results:
+        """Make all stages (up to `until`), measure them side by side, write results and report."""
+        wanted = self._plan(until)
+        for name in force:
+            if name not in BY_NAME:
+                raise UserError(f"--force {name}: no such stage; give one of {', '.join(BY_NAME)}")
+        with self.run.locked():
+            self._keep_recipe()
+            self._check_texts(wanted)
+            for stage in wanted:
+                self._bring_up_to_date(stage, stage.name in force)
+            results = self._results([stage.name for stage in wanted], latency=True)
+            save_results(results, self.run.path / RESULTS)
+            write_report(self.run.path)
+        return results
+
+    def stage(self, name: str, *, force: bool = False) -> Results:
+        """Make one stage from the stages before it, which must be there; then measure its quality."""
+        stage = BY_NAME[name]
+        if world_size() > 1:
+            self._stage_with_others(stage)
+            return Results(run={}, rows=[])
+        with self.run.locked():
+            self._keep_recipe()
+            self._check_texts([stage])
+            if stage.after is not None:
+                self._require(stage.after)
+            self._bring_up_to_date(stage, force)
+            return self._results([name], latency=False)
+
+    def _results(self, stages: Sequence[str], *, latency: bool) -> Results:
+        """Rows, heads and curves of finished stages."""
+        manifests = {name: self.run.verify(name) for name in stages}
+        fingerprints = {name: manifest.fingerprint for name, manifest in manifests.items()}
+        return Results(
+            run={
+                "name": self.recipe.name,
+                "recipe": self.recipe.model_dump(mode="json"),
+                "machine": {"cpu": hardware.cpu(), "gpu": hardware.gpu()},
+                "versions": versions(),
+                "git_commit": git_commit(),
+                "date": datetime.now(UTC).isoformat(timespec="seconds"),
+                "seconds": {name: manifest.seconds for name, manifest in manifests.items()},
+                "command": f"python -m pipeline {shlex.join(sys.argv[1:])}",
+            },
+            rows=Measurer(self.run, self.recipe, fingerprints).rows(stages, latency=latency),
+            heads={
+                name: Heads(**{key: manifest.details[key] for key in ("method", "scope", "scores", "kept")})
+                for name, manifest in manifests.items()
+                if "scores" in manifest.details
+            },
+            curves={
+                name: [CurvePoint(**point) for point in manifest.details["curve"]]
+                for name, manifest in manifests.items()
+                if "curve" in manifest.details
+            },
+        )
+
+    def _plan(self, until: str | None) -> list[Stage]:
+        """The wanted stages in order; with `until`, only those that it stands on."""
+        if until is None:
+            return [stage for stage in STAGES if stage.wanted(self.recipe)]
+        if until not in BY_NAME:
+            raise UserError(f"--until {until}: no such stage; give one of {', '.join(BY_NAME)}")
+        chain: list[Stage] = []
+        name: str | None = until
+        while name is not None:
+            chain.insert(0, BY_NAME[name])
+            name = BY_NAME[name].after
+        return chain
+
+    def fingerprint(self, stage: Stage) -> str:
+        """What decides a stage's content: its recipe part, texts, seed, code version, and its input's fingerprint."""
+        if stage.name not in self._fingerprints:
+            self._fingerprints[stage.name] = fingerprint(
+                {
+                    "stage": stage.name,
+                    "version": stage.version,
+                    "config": stage.config(self.recipe),
+                    "texts": {source: self._digest(source) for source in stage.reads(self.recipe)},
+                    "after": self.fingerprint(BY_NAME[stage.after]) if stage.after else None,
+                }
+            )
+        return self._fingerprints[stage.name]
+
+    def _digest(self, source: str) -> str:
+        if source not in self._digests:
+            self._digests[source] = sha256_text(load_text(source))
+        return self._digests[source]
+
+    def _check_texts(self, stages: Sequence[Stage]) -> None:
+        """Before any work: the texts can be had, and none is also what the model will be judged on."""
+        sources = dict.fromkeys(source for stage in stages for source in stage.reads(self.recipe))
+        if sources:
+            evaluation = load_text(self.recipe.data.evaluation)
+            for source in sources:
+                refuse_overlap(source, load_text(source), evaluation)
+
+    def _keep_recipe(self) -> None:
+        text = yaml.safe_dump(self.recipe.model_dump(mode="json"), sort_keys=False)
+        (self.run.path / "recipe.yaml").write_text(text, encoding="utf-8")
+
+    def _require(self, name: str) -> None:
+        """Check that an input stage is there, whole, and made by this recipe."""
+        manifest = self.run.verify(name)
+        if manifest.fingerprint != self.fingerprint(BY_NAME[name]):
+            raise UserError(
+                f"{self.run.stage(name)}: made with other choices than the recipe's; "
+                f"run: python -m pipeline {name} --out {self.run.path}"
+            )
+
+    def _bring_up_to_date(self, stage: Stage, force: bool) -> None:
+        mark = self.fingerprint(stage)
+        manifest = None if force else self.run.manifest(stage.name)
+        if manifest is not None and manifest.fingerprint == mark:
+            self.run.verify(stage.name)
+            print(f"{stage.name}: up to date", file=sys.stderr)
+            return
+        print(f"{stage.name}: at work", file=sys.stderr)
+        made = self.run.publish(
+            stage.name,
+            mark,
+            lambda folder: stage.build(self._job(stage, folder)),
+            config=stage.config(self.recipe),
+            inputs={stage.after: self.fingerprint(BY_NAME[stage.after])} if stage.after else {},
+            texts={source: self._digest(source) for source in stage.reads(self.recipe)},
+            seed=self.recipe.seed,
+            machine={"cpu": hardware.cpu(), "gpu": hardware.gpu()},
+        )
+        print(f"{stage.name}: done in {made.seconds:.1f} s", file=sys.stderr)
+
+    def _job(self, stage: Stage, folder: Path) -> Job:
+        source = self.run.stage(stage.after) if stage.after else None
+        return Job(self.recipe, folder, source, self.device, teacher=self.run.stage("half"))
+
+    def _stage_with_others(self, stage: Stage) -> None:
+        """Fine-tune under `torchrun` or `accelerate launch`: the first process keeps the folder."""
+        from accelerate import PartialState
+
+        if stage.build is not BY_NAME["finetune"].build:
+            raise UserError(f"{stage.name}: works in one process; start it without torchrun or accelerate launch")
+        state = PartialState(cpu=self.device == "cpu")
+        if is_main_process():
+            with self.run.locked():
+                self._require(stage.after or "")
+                self.run.partial(stage.name, self.fingerprint(stage))
+                state.wait_for_everyone()
+                self._bring_up_to_date(stage, force=True)
+        else:
+            state.wait_for_everyone()
+            stage.build(self._job(stage, self.run.partial(stage.name, self.fingerprint(stage))))

@@ -1,0 +1,62 @@
+"""Load: a GPT-2 from the Hub, a local folder or the embedded default, as CompactGPT2 in FP32."""
+
+from pathlib import Path
+from typing import Any
+
+from eval.errors import UserError
+from pipeline.artifacts import fingerprint, sha256_file
+from pipeline.checkpoint import load_model, load_tokenizer, save_model
+from pipeline.recipe import Recipe
+from pipeline.stages.job import Job
+from pipeline.texts import ASSETS
+
+VERSION = 1
+EMBEDDED = ASSETS / "gpt2-mini"
+_WANTED = ["*.json", "*.safetensors", "merges.txt", "*.model"]
+
+
+def resolve(source: str, revision: str | None = None) -> Path:
+    """The local folder of a model source; a Hub id is downloaded (safetensors only).
+
+    Raises `UserError` where there is no such folder and the Hub gives none.
+    """
+    if source == "embedded":
+        return EMBEDDED
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder
+    if source.startswith((".", "/", "~")) or source.count("/") > 1 or folder.exists():
+        raise UserError(
+            f"model {source}: no such folder; give a folder with config.json and model.safetensors, or a Hub id"
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.utils import enable_progress_bars
+
+    enable_progress_bars()
+    try:
+        return Path(snapshot_download(source, revision=revision, allow_patterns=_WANTED))
+    except Exception as error:  # offline, unknown id, no permission: all mean that the model is not to be had
+        raise UserError(
+            f"model {source}: no such folder, and the Hub gave none ({type(error).__name__}); "
+            "connect, or copy the model to a folder and give its path, or use the embedded model"
+        ) from error
+
+
+def content_fingerprint(folder: Path) -> str:
+    """A hash over the files of a model folder that decide what it computes."""
+    files = sorted({path for pattern in _WANTED for path in folder.glob(pattern)})
+    return fingerprint({path.name: sha256_file(path) for path in files})
+
+
+def config(recipe: Recipe) -> dict[str, Any]:
+    """The part of the recipe that decides this stage, with the content of the model it names."""
+    folder = resolve(recipe.load.source, recipe.load.revision)
+    return recipe.load.model_dump() | {"content": content_fingerprint(folder)}
+
+
+def build(job: Job) -> dict[str, Any]:
+    """Write `model/`: the FP32 model and its tokenizer."""
+    folder = resolve(job.recipe.load.source, job.recipe.load.revision)
+    model = load_model(folder)
+    save_model(model, load_tokenizer(folder), job.out / "model")
+    return {"parameters": model.num_parameters()}

@@ -1,0 +1,61 @@
+"""Where texts come from: the ones that ship, files, and datasets of the Hub."""
+
+from pathlib import Path
+
+from eval.errors import UserError
+from pipeline.data import read_text
+from pipeline.wikitext import join_rows
+
+ASSETS = Path(__file__).parent / "assets"
+SPLITS = ("train", "valid", "test")
+
+
+def load_text(source: str) -> str:
+    """The text that a recipe names, as one string with rows joined WikiText's way.
+
+    `embedded:SPLIT` ships with Headroom; `hub:DATASET[@CONFIG]:SPLIT` is a dataset of the Hub (or a
+    local folder in its format) with a `text` column; anything else is a file.
+    Raises `UserError` for an unknown split, a dataset that cannot be had, or an unusable file.
+    """
+    kind, _, rest = source.partition(":")
+    if kind == "embedded":
+        if rest not in SPLITS:
+            raise UserError(f"text {source}: no such split; give embedded:{'|'.join(SPLITS)}")
+        return join_rows(read_text(ASSETS / "wikitext-2" / f"{rest}.txt").splitlines())
+    if kind == "hub":
+        return _hub_text(source, rest)
+    return join_rows(read_text(source).splitlines())
+
+
+def _hub_text(source: str, rest: str) -> str:
+    name, _, split = rest.rpartition(":")
+    dataset, _, config = name.partition("@")
+    if not dataset or not split:
+        raise UserError(
+            f"text {source}: give hub:DATASET[@CONFIG]:SPLIT, as in hub:Salesforce/wikitext@wikitext-2-raw-v1:test"
+        )
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise UserError(f"text {source}: needs the datasets package; pip install datasets, or give a file") from error
+    try:
+        rows = load_dataset(dataset, config or None, split=split)
+    except Exception as error:  # datasets raises many kinds; each means that the text is not to be had
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"text {source}: cannot be loaded ({reason}); give a file or embedded:SPLIT instead") from error
+    if "text" not in rows.column_names:
+        raise UserError(f"text {source}: has columns {rows.column_names}; one named 'text' is needed")
+    text = "\n\n".join(rows["text"])
+    if not text.strip():
+        raise UserError(f"text {source}: empty; give a split with text")
+    return text
+
+
+def refuse_overlap(name: str, text: str, evaluation: str) -> None:
+    """Raise `UserError` if a paragraph of `text` stands in the evaluation text as well."""
+    held_out = {line for line in evaluation.splitlines() if len(line) >= 100}
+    for line in text.splitlines():
+        if line in held_out:
+            raise UserError(
+                f"the {name} text shares a paragraph with the evaluation text ({line.strip()[:40]}...): keep them apart"
+            )

@@ -1,0 +1,160 @@
+"""Training with the Hugging Face `Trainer`: what fine-tuning and pretraining share."""
+
+import math
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from eval.errors import UserError, WorkError
+from pipeline import hardware
+from pipeline.data import TokenBlocks
+from pipeline.model import CompactGPT2LMHeadModel
+from pipeline.recipe import Distill, Finetune
+
+
+def is_main_process() -> bool:
+    """Whether this is the only process, or the first of those that `torchrun` or `accelerate` started."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def world_size() -> int:
+    """The number of processes that train together."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def arguments(folder: Path, device: str, seed: int, **choices: Any) -> TrainingArguments:
+    """`TrainingArguments` with what every training here wants; `choices` adds the rest.
+
+    Master weights stay FP32; autocast is bf16 or fp16 where the device computes it natively.
+    """
+    dtype = hardware.autocast_dtype(device)
+    on_cpu = device == "cpu"
+    return TrainingArguments(
+        output_dir=str(folder),
+        bf16=dtype is torch.bfloat16,
+        fp16=dtype is torch.float16,
+        use_cpu=on_cpu,
+        ddp_backend="gloo" if on_cpu and world_size() > 1 else None,
+        dataloader_pin_memory=not on_cpu,
+        # A NaN must stop the training, not vanish in an average.
+        logging_nan_inf_filter=False,
+        save_strategy="steps",
+        save_total_limit=2,
+        seed=seed,
+        data_seed=seed,
+        report_to="none",
+        remove_unused_columns=False,
+        **choices,
+    )
+
+
+class Watch(TrainerCallback):
+    """One line of progress on stderr a log; stops a training that has diverged."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def on_log(self, args, state, control, logs=None, **kwargs):  # type: ignore[no-untyped-def]
+        logs = logs or {}
+        for key in ("loss", "eval_loss"):
+            if key in logs and not math.isfinite(logs[key]):
+                raise WorkError(
+                    f"{self.name}: {key} is {logs[key]} at step {state.global_step}; "
+                    "lower the learning rate and run again"
+                )
+        if state.is_world_process_zero and ("loss" in logs or "eval_loss" in logs):
+            shown = "  ".join(
+                f"{key} {logs[key]:.4g}" for key in ("loss", "eval_loss", "learning_rate", "grad_norm") if key in logs
+            )
+            print(f"{self.name}: step {state.global_step}/{state.max_steps}  {shown}", file=sys.stderr, flush=True)
+
+
+class DistillingTrainer(Trainer):
+    """Adds the divergence from a teacher's softened distribution (Hinton et al. 2015, section 2)."""
+
+    def __init__(self, *args: Any, teacher: CompactGPT2LMHeadModel, distill: Distill, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.teacher = teacher.to(self.args.device).eval().requires_grad_(False)
+        self.distill = distill
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):  # type: ignore[no-untyped-def]
+        hard, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        with torch.no_grad():
+            target = self.teacher(input_ids=inputs["input_ids"], attention_mask=inputs.get("attention_mask")).logits
+        temperature, weight = self.distill.temperature, self.distill.weight
+        scored = inputs["labels"][:, 1:] != -100
+        student, target = outputs.logits[:, :-1][scored], target[:, :-1][scored]
+        soft = F.kl_div(
+            F.log_softmax(student.float() / temperature, -1),
+            F.log_softmax(target.float() / temperature, -1),
+            log_target=True,
+            reduction="sum",
+        )
+        # The hard loss is a mean over the tokens of all accumulated batches; the soft one must be, too.
+        tokens = num_items_in_batch if num_items_in_batch is not None else scored.sum()
+        loss = (1 - weight) * hard + weight * temperature**2 * soft / tokens
+        return (loss, outputs) if return_outputs else loss
+
+
+def run(trainer: Trainer, name: str) -> list[dict[str, float]]:
+    """Train, resuming from the last whole checkpoint; returns the learning curve.
+
+    Each point is `{"step", "epoch", "loss", "rate"}`, loss in nats a token. Raises `WorkError`
+    when the loss is no longer finite.
+    """
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(Watch(name))
+    folder = Path(trainer.args.output_dir)
+    last = get_last_checkpoint(str(folder)) if folder.exists() else None
+    if last is not None and not (Path(last) / "trainer_state.json").exists():
+        raise UserError(f"{last}: cut off while it was written; delete this folder and run again")
+    trainer.train(resume_from_checkpoint=last)
+    return [
+        {"step": log["step"], "epoch": log["epoch"], "loss": log["loss"], "rate": log["learning_rate"]}
+        for log in trainer.state.log_history
+        if "loss" in log
+    ]
+
+
+def train(
+    model: CompactGPT2LMHeadModel,
+    blocks: TokenBlocks,
+    choices: Finetune,
+    folder: Path,
+    *,
+    seed: int,
+    device: str,
+    teacher: CompactGPT2LMHeadModel | None = None,
+) -> list[dict[str, float]]:
+    """Fine-tune `model` in place; checkpoints go to `folder`. Returns the learning curve of `run`."""
+    set_seed(seed)
+    steps = choices.steps or -1
+    share = world_size() * choices.batch_size * choices.accumulation
+    total = choices.steps or choices.epochs * math.ceil(len(blocks) / share)
+    args = arguments(
+        folder,
+        device,
+        seed,
+        max_steps=steps,
+        num_train_epochs=choices.epochs,
+        per_device_train_batch_size=choices.batch_size,
+        gradient_accumulation_steps=choices.accumulation,
+        learning_rate=choices.learning_rate,
+        weight_decay=choices.weight_decay,
+        warmup_steps=round(choices.warmup_share * total),
+        lr_scheduler_type="cosine",
+        save_steps=choices.save_steps,
+        logging_steps=max(1, total // 20),
+    )
+    kind: Any = Trainer
+    extra: dict[str, Any] = {}
+    if teacher is not None and choices.distill is not None:
+        kind, extra = DistillingTrainer, {"teacher": teacher, "distill": choices.distill}
+    return run(kind(model=model.float(), args=args, train_dataset=blocks, **extra), "finetune")

@@ -1,0 +1,49 @@
+"""Numbers as readers want them: no false digits, no exponents, a dash for what is not there."""
+
+NONE = "–"
+
+
+def significant(value: float, digits: int = 3) -> str:
+    """`digits` significant digits without an exponent: 0.0512, 5.12, 51.2, 5,120."""
+    rounded = float(f"{value:.{digits - 1}e}")
+    if abs(rounded) >= 10 ** (digits - 1):
+        return f"{rounded:,.0f}"
+    exponent = int(f"{rounded:e}".partition("e")[2]) if rounded else 0
+    return f"{rounded:.{digits - 1 - exponent}f}"
+
+
+def milliseconds(seconds: float) -> str:
+    """Seconds as milliseconds, without the unit."""
+    return significant(1e3 * seconds)
+
+
+def megabytes(size: int | None) -> str:
+    """Bytes as 10^6 bytes, without the unit."""
+    return NONE if size is None else significant(size / 1e6)
+
+
+def millions(number: int | None) -> str:
+    """A count such as 124.44 M."""
+    return NONE if number is None else f"{number / 1e6:,.2f} M"
+
+
+def perplexity(value: float) -> str:
+    """Two decimals, fewer where a value is so large that they say nothing."""
+    return f"{value:,.2f}" if value < 10_000 else f"{value:,.0f}"
+
+
+def change(value: float, base: float) -> str:
+    """A relative change in percent with its sign: `+0.80 %`, `−3.1 %`."""
+    percent = 100 * (value / base - 1)
+    digits = 2 if abs(percent) < 9.995 else 1 if abs(percent) < 99.95 else 0
+    return f"{percent:+,.{digits}f} %".replace("-", "−")
+
+
+def share(value: float) -> str:
+    """A share of one in percent: `12.5 %`."""
+    return f"{significant(100 * value)} %"
+
+
+def times(ratio: float) -> str:
+    """`1.92 ×`."""
+    return f"{ratio:,.2f} ×"

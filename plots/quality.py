@@ -1,0 +1,130 @@
+"""What the stages cost in quality: perplexity, how fine-tuning went, and which heads went."""
+
+from typing import TYPE_CHECKING, Literal
+
+from eval.results import CurvePoint, Heads, Results
+from plots import style
+from plots.numbers import perplexity
+from plots.rows import count, labels, measured, unmeasured_note
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_LOG_ABOVE = 20.0  # largest over smallest perplexity
+
+
+@style.styled
+def draw(results: Results) -> "Figure | None":
+    """Perplexity of every row, as horizontal bars; control arms hatched."""
+    rows = measured(results, lambda row: row.quality)
+    if not rows:
+        return None
+    note = f"Lower is better. {unmeasured_note(results, rows)}"
+    figure = style.frame("Perplexity", 0.27 * len(rows) + 0.65, note, style.role_handles(rows))
+    axes = figure.subplots()
+    values = [row.quality.perplexity for row in rows if row.quality]
+    for y, (row, value) in enumerate(zip(rows, values, strict=True)):
+        axes.barh(y, value, height=0.68, **style.fill(row))
+        style.value_at(axes, value, y, perplexity(value))
+    style.name_bars(axes, labels(rows))
+    if max(values) > _LOG_ABOVE * min(values):
+        axes.set_xscale("log")
+        axes.set_xlim(min(values) / 2, max(values) * 2)
+        axes.set_xlabel("perplexity per token (log scale)")
+    else:
+        axes.set_xlim(0, 1.1 * max(values))
+        axes.set_xlabel("perplexity per token")
+    return figure
+
+
+@style.styled
+def draw_learning_curves(results: Results) -> "Figure | None":
+    """Training loss over steps, one line a training; long curves also as a running mean."""
+    curves = {stage: curve for stage, curve in results.curves.items() if curve}
+    if not curves:
+        return None
+    windows = {stage: max(1, len(curve) // 20) for stage, curve in curves.items()}
+    note = "Training loss as logged."
+    if max(windows.values()) > 1:
+        note = "Thin: training loss as logged; thick: its running mean over a twentieth of the logged points."
+    figure = style.frame("Learning curves", 3.2, note, [_line(stage) for stage in curves])
+    axes = figure.subplots()
+    for stage, curve in curves.items():
+        _curve(axes, stage, curve, windows[stage])
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("loss (nats per token)")
+    axes.grid()
+    return figure
+
+
+def _dashes(stage: str) -> Literal["-", "--"]:
+    return "--" if stage.startswith("control") else "-"
+
+
+def _line(stage: str) -> object:
+    from matplotlib.lines import Line2D
+
+    return Line2D([], [], color=style.colour(stage), linestyle=_dashes(stage), linewidth=2, label=stage)
+
+
+def _curve(axes: "Axes", stage: str, curve: list[CurvePoint], window: int) -> None:
+    shade, dashes = style.colour(stage), _dashes(stage)
+    steps, losses = [point.step for point in curve], [point.loss for point in curve]
+    if window > 1:
+        axes.plot(steps, losses, color=shade, linewidth=0.6, alpha=0.45)
+        means = [sum(losses[i : i + window]) / window for i in range(len(losses) - window + 1)]
+        axes.plot(steps[window - 1 :], means, dashes, color=shade, linewidth=2)
+    else:
+        axes.plot(steps, losses, dashes, color=shade, linewidth=1.4, marker="o", markersize=3.5)
+
+
+@style.styled
+def draw_heads(results: Results) -> "Figure | None":
+    """Head scores as a heat map, layers by heads; a cross marks a pruned head."""
+    maps = {stage: heads for stage, heads in results.heads.items() if any(heads.scores)}
+    if not maps:
+        return None
+    deepest = max(len(heads.scores) for heads in maps.values())
+    height = max(min(0.36, 6.0 / deepest) * deepest, 1.1) + 1.0
+    figure = style.frame("Attention heads: score and choice", height, "× marks a pruned head.")
+    panels = figure.subplots(1, max(2, len(maps)), squeeze=False)[0]
+    for axes, (stage, heads) in zip(panels, maps.items(), strict=False):
+        _heat_map(axes, stage, heads)
+    for axes in panels[len(maps) :]:
+        axes.set_visible(False)
+    return figure
+
+
+def _heat_map(axes: "Axes", stage: str, heads: Heads) -> None:
+    width = max(len(layer) for layer in heads.scores)
+    grid = [[*layer, *[float("nan")] * (width - len(layer))] for layer in heads.scores]
+    image = axes.imshow(grid, cmap="viridis", aspect="auto", interpolation="nearest")
+    pruned = [
+        (head, layer)
+        for layer, (scores, kept) in enumerate(zip(heads.scores, heads.kept, strict=True))
+        for head in range(len(scores))
+        if head not in kept
+    ]
+    total = sum(len(layer) for layer in heads.scores)
+    if pruned:
+        x, y = zip(*pruned, strict=True)
+        # White under red: the cross shows on dark and on light cells.
+        axes.scatter(x, y, marker="x", s=46, c="white", linewidths=3.6)
+        axes.scatter(x, y, marker="x", s=40, c="#c00000", linewidths=1.8)
+    axes.set_title(
+        f"{stage}: {heads.method}, {heads.scope} scope\n{len(pruned)} of {count(total, 'head')} pruned", size=9
+    )
+    axes.set_xlabel("head")
+    axes.set_ylabel("layer")
+    axes.set_xticks(_ticks(width))
+    axes.set_yticks(_ticks(len(grid)))
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
+    bar = axes.figure.colorbar(image, ax=axes, fraction=0.06, pad=0.03)
+    bar.set_label(f"{heads.method} score")
+    bar.outline.set_visible(False)
+
+
+def _ticks(size: int) -> range:
+    return range(0, size, -(-size // 16))

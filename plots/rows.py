@@ -1,0 +1,114 @@
+"""Rows by device, by name, and against one another."""
+
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+
+from eval.results import Quality, Results, Row, Timing
+
+SEPARATOR = " · "
+_FIELDS = (("stage", "precision"), ("stage", "engine", "precision"), ("stage", "engine", "device", "precision"))
+
+
+def label(row: Row) -> str:
+    """The row's full name, as in `finetune · torch · cpu · fp32`."""
+    return SEPARATOR.join((row.stage, row.engine, row.device, row.precision))
+
+
+def labels(rows: Sequence[Row], brief: bool = False) -> list[str]:
+    """The shortest names that tell these rows apart; `brief` may leave out the engine too."""
+    for fields in _FIELDS[0 if brief else 1 :]:
+        names = [SEPARATOR.join(getattr(row, field) for field in fields) for row in rows]
+        if len(set(names)) == len(names):
+            break
+    return names
+
+
+def kind(row: Row) -> str:
+    """`CPU` or `GPU`."""
+    return "GPU" if row.device.startswith("cuda") else "CPU"
+
+
+def by_kind(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    """Rows of each kind of device, the CPU first: what may be compared stands together."""
+    ordered = sorted(rows, key=kind)
+    return {name: list(group) for name, group in itertools.groupby(ordered, key=kind)}
+
+
+def measured(results: Results, value: Callable[[Row], object]) -> list[Row]:
+    """Rows that were measured here and have `value`."""
+    return [row for row in results.rows if row.skipped is None and value(row) is not None]
+
+
+def twin(results: Results, row: Row, stage: str, value: Callable[[Row], object]) -> Row | None:
+    """The measured row of `stage` on the same engine, device and precision that has `value`."""
+    for other in measured(results, value):
+        if (other.stage, *_place(other)) == (stage, *_place(row)):
+            return other
+    return None
+
+
+def _place(row: Row) -> tuple[str, str, str]:
+    return row.engine, row.device, row.precision
+
+
+def fp32_ir(results: Results, row: Row, value: Callable[[Row], object]) -> Row | None:
+    """The FP32 export that a quantized row is judged against: same stage, engine and device."""
+    wanted = (row.stage, row.engine, row.device, "fp32")
+    return next((other for other in measured(results, value) if (other.stage, *_place(other)) == wanted), None)
+
+
+def int8_row(results: Results) -> Row | None:
+    """The measured INT8 row of the chain."""
+    rows = measured(results, lambda row: row.quality or row.latency or row.bytes_on_disk)
+    return next((row for row in rows if row.stage == "quantize" and row.precision == "int8"), None)
+
+
+def reference(results: Results, row: Row) -> Row | None:
+    """The first row on the same device whose latency was measured: what speed-ups refer to."""
+    return next((other for other in measured(results, lambda r: r.latency) if other.device == row.device), None)
+
+
+def speedup(results: Results, row: Row) -> float | None:
+    """Median decode time of the `reference` over this row's; `None` where the two cannot be compared."""
+    base = reference(results, row)
+    if row.skipped is not None or row.latency is None or base is None or not same_load(row, base):
+        return None
+    assert base.latency is not None
+    return base.latency.decode.p50 / row.latency.decode.p50
+
+
+def same_load(one: Row, other: Row) -> bool:
+    """Whether both latencies were measured with the same prompt, new tokens and batch, on one device."""
+    if one.latency is None or other.latency is None or one.device != other.device:
+        return False
+    loads = [(row.prompt_tokens, row.new_tokens, row.batch) for row in (one.latency, other.latency)]
+    return loads[0] == loads[1]
+
+
+def same_text(one: Quality, other: Quality) -> bool:
+    """Whether two perplexities were scored on the same tokens in the same windows."""
+    scored = [(q.tokens, q.context, q.stride, q.text_sha256, q.text_share) for q in (one, other)]
+    return scored[0] == scored[1]
+
+
+def apart(one: Timing, other: Timing) -> bool:
+    """Whether the 95 % intervals of the medians do not touch."""
+    return one.ci95[1] < other.ci95[0] or other.ci95[1] < one.ci95[0]
+
+
+def unmeasured_note(results: Results, drawn: Sequence[Row]) -> str:
+    """One line on the rows that a figure leaves out; empty where it shows all."""
+    skipped = sum(row.skipped is not None for row in results.rows)
+    shown = {id(row) for row in drawn}
+    without = sum(row.skipped is None and id(row) not in shown for row in results.rows)
+    parts = []
+    if skipped:
+        parts.append(f"{count(skipped, 'row')} not measured here (the table says why)")
+    if without:
+        parts.append(f"{count(without, 'row')} without this figure's measurement")
+    return f"Left out: {', '.join(parts)}." if parts else ""
+
+
+def count(number: int, noun: str) -> str:
+    """`1 row`, `2 rows`."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"

@@ -1,0 +1,164 @@
+"""results.json: what goes in comes out, and damage is told in one line."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from eval.errors import UserError
+from eval.latency import timing
+from eval.results import (
+    CurvePoint,
+    Heads,
+    Latency,
+    Memory,
+    Quality,
+    Results,
+    Row,
+    load_results,
+    save_results,
+)
+
+
+@pytest.fixture
+def full() -> Results:
+    """Every field in use."""
+    measured = Row(
+        stage="finetune",
+        engine="torch",
+        device="cuda:0",
+        precision="fp16",
+        compute="FP16 weights, FP32 accumulation",
+        parameters=12_345_679,
+        bytes_on_disk=24_691_358,
+        quality=Quality(29.94, 3.399, 287_643, 1024, 512, "ab" * 32, 1 / 3),
+        latency=Latency(7, 4, 2, timing([0.1, 0.30000000000000004, 0.2]), timing([1e-5])),
+        memory=Memory(5, 4, 3, None, 1, gpu_allocator_peak=7, gpu_process=None),
+    )
+    absent = Row("quantize", "openvino", "cpu", "bf16", role="baseline", skipped="this CPU has no bf16")
+    return Results(
+        run={"name": "läuft", "machine": {"cpu": {"model": "x", "isa": ["avx2"], "cores": 2}, "gpu": None}},
+        rows=[measured, absent],
+        heads={"prune": Heads("taylor", "layer", [[0.1, 0.2], [0.3, 0.4]], [[1], [0, 1]])},
+        curves={"finetune": [CurvePoint(1, 0.5, 3.25, 1e-4), CurvePoint(2, 1.0, 3.0)]},
+    )
+
+
+def as_json(results: Results) -> str:
+    return json.dumps(dataclasses.asdict(results))
+
+
+def test_round_trip(full: Results, tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    save_results(full, path)
+    assert load_results(path) == full
+    assert [row.key for row in load_results(path).rows] == ["finetune/torch/cuda:0/fp16", "quantize/openvino/cpu/bf16"]
+
+
+def test_saving_replaces_and_leaves_nothing_else(full: Results, tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    path.write_text("old")
+    save_results(full, path)
+    assert load_results(path) == full
+    assert list(tmp_path.iterdir()) == [path]
+    ours = tmp_path / "ours"
+    ours.touch()
+    assert path.stat().st_mode == ours.stat().st_mode  # the umask's, not a temporary file's
+
+
+def test_what_cannot_be_saved_leaves_the_old_file_alone(full: Results, tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    save_results(full, path)
+    before = path.read_bytes()
+    full.curves["finetune"][0].loss = float("nan")
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        save_results(full, path)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+    blocked = tmp_path / "folder"
+    blocked.mkdir()
+    full.curves.clear()
+    with pytest.raises(OSError, match="folder"):
+        save_results(full, blocked)
+    assert sorted(tmp_path.iterdir()) == [blocked, path]
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"absent\.json: No such file.*run the pipeline first"):
+        load_results(tmp_path / "absent.json")
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.9, 0.999])
+def test_truncated_file(full: Results, tmp_path: Path, share: float) -> None:
+    path = tmp_path / "results.json"
+    text = as_json(full)
+    path.write_text(text[: int(len(text) * share)])
+    with pytest.raises(UserError, match="damaged JSON"):
+        load_results(path)
+
+
+def test_binary_file(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    path.write_bytes(bytes(range(256)))
+    with pytest.raises(UserError, match="damaged JSON"):
+        load_results(path)
+
+
+@pytest.mark.parametrize("content", [[], 3, None, {}, {"schema": 2}, {"schema": "1"}])
+def test_unknown_schema(tmp_path: Path, content: object) -> None:
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match="this version reads 1"):
+        load_results(path)
+
+
+def without(raw: dict, *keys: str | int) -> None:
+    *outer, last = keys
+    for key in outer:
+        raw = raw[key]
+    del raw[last]
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        ("run",),
+        ("rows",),
+        ("heads",),
+        ("curves",),
+        ("rows", 0, "stage"),
+        ("rows", 1, "quality"),
+        ("rows", 0, "quality", "tokens"),
+        ("rows", 0, "latency", "decode"),
+        ("rows", 0, "latency", "prefill", "ci95"),
+        ("rows", 0, "memory", "uss"),
+        ("heads", "prune", "kept"),
+        ("curves", "finetune", 1, "loss"),
+    ],
+)
+def test_missing_key(full: Results, tmp_path: Path, keys: tuple) -> None:
+    raw = json.loads(as_json(full))
+    without(raw, *keys)
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(raw))
+    with pytest.raises(UserError, match="does not follow schema 1") as caught:
+        load_results(path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rows": 3},
+        {"rows": [3]},
+        {"heads": []},
+        {"curves": {"finetune": 3}},
+        {"rows": [{"stage": "load", "engine": "torch", "device": "cpu", "precision": "fp32", "surprise": 1}]},
+    ],
+)
+def test_wrong_shapes(full: Results, tmp_path: Path, change: dict) -> None:
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(json.loads(as_json(full)) | change))
+    with pytest.raises(UserError, match="does not follow schema 1"):
+        load_results(path)

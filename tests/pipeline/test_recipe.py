@@ -1,0 +1,168 @@
+"""Recipes: every key and value is checked before work starts, and each mistake is one clear line."""
+
+import pytest
+from pydantic import ValidationError
+
+from eval.errors import UserError
+from pipeline.recipe import RECIPES, Pretrain, Recipe, load_recipe, parse_recipe
+
+
+@pytest.fixture
+def recipe_file(tmp_path):
+    def write(text: str):
+        path = tmp_path / "mine.yaml"
+        path.write_text(text)
+        return path
+
+    return write
+
+
+def _message(caught) -> str:
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_preset_loads(path):
+    kind = Pretrain if "steps:" in path.read_text().split("finetune:")[0] else Recipe
+    assert load_recipe(kind, path.stem) == load_recipe(kind, path)
+    assert load_recipe(kind, path.stem).name == path.stem
+
+
+def test_an_empty_file_is_all_defaults(recipe_file):
+    recipe = load_recipe(Recipe, recipe_file("# nothing\n"))
+    assert recipe == Recipe()
+    assert recipe.prune.ratio == 0.2 and recipe.finetune.distill is None
+
+
+def test_what_is_written_is_read_back():
+    recipe = parse_recipe(Recipe, {"finetune": {"distill": {"weight": 0.25}}, "quantize": {"ignore": ["lm_head"]}})
+    assert parse_recipe(Recipe, recipe.model_dump()) == recipe
+    with pytest.raises(ValidationError, match="frozen"):
+        recipe.seed = 3
+
+
+@pytest.mark.parametrize(
+    ("raw", "key", "known"),
+    [
+        ({"pruen": {}}, "pruen", "prune"),
+        ({"prune": {"ratoi": 0.2}}, "prune.ratoi", "calibration_blocks"),
+        ({"finetune": {"distill": {"temprature": 2}}}, "finetune.distill.temprature", "temperature, weight"),
+    ],
+)
+def test_an_unknown_key_at_any_depth(raw, key, known):
+    with pytest.raises(UserError) as caught:
+        parse_recipe(Recipe, raw, where="recipe x")
+    message = _message(caught)
+    assert message.startswith(f"recipe x: unknown key '{key}'; known here: ")
+    assert known in message
+
+
+@pytest.mark.parametrize(
+    ("raw", "key"),
+    [
+        ({"seed": -1}, "seed is -1"),
+        ({"seed": 2**32}, "seed is 4294967296"),
+        ({"name": 7}, "name is 7"),
+        ({"prune": None}, "prune is None"),
+        ({"prune": {"ratio": 1.0}}, "prune.ratio is 1.0"),
+        ({"prune": {"ratio": float("nan")}}, "prune.ratio is nan"),
+        ({"prune": {"scope": "model"}}, "prune.scope is 'model'"),
+        ({"prune": {"rounding": "up"}}, "prune.rounding is 'up'"),
+        ({"finetune": {"epochs": 6}}, "finetune.epochs is 6"),
+        ({"finetune": {"epochs": 1.5}}, "finetune.epochs is 1.5"),
+        ({"finetune": {"steps": 0}}, "finetune.steps is 0"),
+        ({"finetune": {"learning_rate": float("inf")}}, "finetune.learning_rate is inf"),
+        ({"finetune": {"distill": {"temperature": 0}}}, "finetune.distill.temperature is 0"),
+        ({"quantize": {"ignore": "lm_head"}}, "quantize.ignore is 'lm_head'"),
+        ({"quantize": {"ignore": ["a", 1]}}, "quantize.ignore.1 is 1"),
+        ({"measure": {"text_share": 0}}, "measure.text_share is 0"),
+        ({1: 2}, "Keys should be strings"),
+    ],
+)
+def test_a_value_out_of_range(raw, key):
+    with pytest.raises(UserError) as caught:
+        parse_recipe(Recipe, raw)
+    assert key in _message(caught)
+
+
+def test_training_phases_must_fit():
+    with pytest.raises(UserError, match=r"warmup_steps \+ decay_steps exceed steps 9"):
+        parse_recipe(Pretrain, {"steps": 9, "warmup_steps": 5, "decay_steps": 5})
+    with pytest.raises(UserError, match=r"model\.vocab_size is 256"):
+        parse_recipe(Pretrain, {"model": {"vocab_size": 256}})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("prune: [", "no readable YAML"),
+        ("a: b: c", "no readable YAML"),
+        ("\tname: x", "no readable YAML"),
+        ("!!python/object/apply:os.system ['true']", "no readable YAML"),
+        ("- name: x", "holds list; a mapping"),
+        ("just words", "holds str; a mapping"),
+    ],
+)
+def test_files_that_hold_no_recipe(recipe_file, text, message):
+    with pytest.raises(UserError, match=message) as caught:
+        load_recipe(Recipe, recipe_file(text))
+    assert "mine.yaml" in _message(caught)
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    with pytest.raises(UserError, match=r"recipe nope: not found; give a preset \(.*mini.*\) or a \.yaml file"):
+        load_recipe(Recipe, "nope")
+    with pytest.raises(UserError, match="not found"):
+        load_recipe(Recipe, tmp_path / "nope.yaml")
+    (tmp_path / "folder.yaml").mkdir()
+    (tmp_path / "latin1.yaml").write_bytes("name: déjà".encode("latin-1"))
+    for name in ("folder.yaml", "latin1.yaml"):
+        with pytest.raises(UserError, match=f"{name}: no readable YAML") as caught:
+            load_recipe(Recipe, tmp_path / name)
+        _message(caught)
+
+
+def test_overrides_reach_any_depth(recipe_file):
+    recipe = load_recipe(
+        Recipe,
+        recipe_file("seed: 3\nprune: {ratio: 0.4, scope: global}\nfinetune: {steps: 9}\n"),
+        [
+            "name=mine",
+            "prune.ratio=0.3",
+            "finetune.steps=null",
+            "finetune.learning_rate=1e-4",
+            "finetune.distill.temperature=3",
+            "quantize.ignore=[lm_head, 'h\\.0\\..*']",
+            "measure.latency=false",
+            "load.source=a=b",
+        ],
+    )
+    assert (recipe.name, recipe.seed, recipe.load.source) == ("mine", 3, "a=b")
+    assert (recipe.prune.ratio, recipe.prune.scope) == (0.3, "global")
+    assert (recipe.finetune.steps, recipe.finetune.learning_rate) == (None, 1e-4)
+    assert recipe.finetune.distill is not None
+    assert (recipe.finetune.distill.temperature, recipe.finetune.distill.weight) == (3, 0.5)
+    assert recipe.quantize.ignore == ["lm_head", r"h\.0\..*"]
+    assert recipe.measure.latency is False
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("prune.ratio", "give key=value"),
+        ("=3", "give key=value"),
+        ("", "give key=value"),
+        ("prune.ratio=[", "the value is no YAML"),
+        ("prune.ratio=2", "prune.ratio is 2"),
+        ("prune.ratio=", "prune.ratio is None"),
+        ("prune.ratoi=0.2", "unknown key 'prune.ratoi'"),
+        ("seed.deeper=1", "seed is"),
+        ("prune..ratio=1", "unknown key 'prune.'"),
+    ],
+)
+def test_overrides_that_are_wrong(recipe_file, override, message):
+    with pytest.raises(UserError) as caught:
+        load_recipe(Recipe, recipe_file("seed: 1\n"), [override])
+    assert message in _message(caught)

@@ -1,0 +1,208 @@
+"""Figures from results: all written, readable, labelled, the same each time, and honest about what is missing."""
+
+import dataclasses
+import itertools
+from xml.etree import ElementTree
+
+import pytest
+import sample_results as sample
+from PIL import Image
+
+from plots import FIGURES, draw_all, latency, memory, quality, style, tradeoff
+from plots.rows import labels, measured, unmeasured_note
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def svg_texts(path) -> list[str]:
+    return ["".join(node.itertext()).strip() for node in ElementTree.parse(path).iter(f"{SVG}text")]
+
+
+def texts(figure) -> list:
+    """All visible texts of a figure that say something."""
+    from matplotlib.text import Text
+
+    figure.draw_without_rendering()
+    return [text for text in figure.findobj(Text) if text.get_visible() and text.get_text().strip()]
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("plots")
+    return folder, draw_all(sample.full(gpu=True), folder)
+
+
+def test_each_figure_is_a_png_that_shows_something_and_an_svg(drawn):
+    folder, paths = drawn
+    assert {path.name for path in paths} == {f"{name}{end}" for name in FIGURES for end in (".png", ".svg")}
+    assert sorted(folder.iterdir()) == sorted(paths)
+    for name in FIGURES:
+        with Image.open(folder / f"{name}.png") as image:
+            colours = image.convert("RGB").getcolors(maxcolors=1 << 24)
+        assert len(colours) > 50
+        assert max(share for share, _ in colours) < 0.97 * sum(share for share, _ in colours)
+        assert ElementTree.parse(folder / f"{name}.svg").getroot().tag == f"{SVG}svg"
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("latency", ["time to first token (ms)", "time per output token (ms)", "CPU: prefill of 128 tokens, batch 1"]),
+        ("perplexity", ["perplexity per token", "61.27", "half · torch · cuda:0 · fp16"]),
+        ("memory", ["MB (10⁶ bytes)", "GPU: device memory", "CPU: resident memory of a fresh process", "180 of 450"]),
+        ("size", ["MB (10⁶ bytes)", "8.61", "quantize · openvino · int8"]),
+        (
+            "tradeoff",
+            ["decode: time per output token (ms)", "perplexity per token", "quantize · int8", "34.4 MB on disk"],
+        ),
+        ("heads", ["layer", "head", "taylor score", "random score"]),
+        ("learning_curves", ["loss (nats per token)", "optimizer step", "finetune", "control-finetune"]),
+    ],
+)
+def test_svg_holds_units_and_names_as_text(drawn, name, wanted):
+    found = svg_texts(drawn[0] / f"{name}.svg")
+    assert [text for text in wanted if text not in found] == []
+
+
+def test_rows_of_both_kinds_of_device_are_named_in_panels_of_their_own():
+    results = sample.full(gpu=True)
+    figure = latency.draw(results)
+    panels = [axes for axes in figure.axes if axes.get_title(loc="left").endswith("decode of one token")]
+    assert [axes.get_title(loc="left")[:3] for axes in panels] == ["CPU", "GPU"]
+    for axes, device in zip(panels, ("cpu", "cuda:0"), strict=True):
+        rows = [row for row in results.rows if row.device == device and row.latency]
+        assert [text.get_text() for text in axes.get_yticklabels()] == labels(rows)
+        widths = [bar.get_width() for bar in axes.patches]
+        assert widths == pytest.approx([1e3 * row.latency.decode.p50 for row in rows])
+
+
+def test_whiskers_are_the_interval():
+    results = sample.single()
+    (axes, _) = latency.draw(results).axes
+    ((low, high),) = [segment[:, 0] for segment in axes.collections[0].get_segments()]
+    assert (low, high) == pytest.approx([1e3 * seconds for seconds in results.rows[0].latency.prefill.ci95])
+
+
+def test_control_rows_are_hatched_and_no_others():
+    results = sample.full()
+    bars = quality.draw(results).axes[0].patches
+    rows = measured(results, lambda row: row.quality)
+    assert [bool(bar.get_hatch()) for bar in bars] == [row.role == "control" for row in rows]
+
+
+def test_memory_stacks_the_model_on_the_libraries():
+    results = sample.single()
+    base, model = memory.draw(results).axes[0].patches
+    seen = results.rows[0].memory
+    assert base.get_width() == pytest.approx(seen.baseline_rss / 1e6)
+    assert (model.get_x(), model.get_x() + model.get_width()) == pytest.approx((base.get_width(), seen.peak_rss / 1e6))
+
+
+def test_same_files_stand_once_in_the_size_figure():
+    results = sample.full(gpu=True)
+    names = [text.get_text() for text in memory.draw_size(results).axes[0].get_yticklabels()]
+    assert len(names) == len(set(names)) == 12
+    assert sum(name.startswith("half") for name in names) == 1
+
+
+def test_crosses_stand_on_pruned_heads():
+    figure = quality.draw_heads(sample.full())
+    crosses = {tuple(point) for point in figure.axes[0].collections[0].get_offsets().astype(int).tolist()}
+    assert crosses == {(1, 0), (0, 2), (2, 2), (3, 2), (4, 2)}
+    assert figure.axes[0].get_title(loc="left") == "prune: taylor, global scope\n5 of 20 heads pruned"
+
+
+def test_layers_with_different_head_counts_are_drawn():
+    results = sample.full()
+    results.heads["prune"].scores[1] = [0.5, 0.25]
+    results.heads["prune"].kept[1] = [1]
+    image = quality.draw_heads(results).axes[0].images[0].get_array()
+    assert image.shape == (4, 5)
+    assert image.mask[1].tolist() == [False, False, True, True, True]
+
+
+def test_pareto_front_by_brute_force():
+    rows = measured(sample.many(), lambda row: row.latency)
+    points = [(row.latency.decode.p50, row.quality.perplexity) for row in rows]
+    best = {p for p in points if not any(q != p and q[0] <= p[0] and q[1] <= p[1] for q in points)}
+    assert tradeoff.pareto(points) == sorted(best)
+    assert tradeoff.pareto([(2.0, 5.0), (1.0, 5.0), (1.0, 7.0), (1.0, 5.0)]) == [(1.0, 5.0)]
+
+
+@pytest.mark.parametrize("results", [sample.full(), sample.full(gpu=True), sample.single(), sample.many(20)])
+def test_no_text_overlaps_another_or_leaves_the_figure(results):
+    for draw in (
+        latency.draw,
+        quality.draw,
+        memory.draw,
+        memory.draw_size,
+        tradeoff.draw,
+        quality.draw_heads,
+        quality.draw_learning_curves,
+    ):
+        figure = draw(results)
+        if figure is None:
+            assert draw in (quality.draw_heads, quality.draw_learning_curves)
+            continue
+        boxes = [(text.get_text(), text.get_window_extent()) for text in texts(figure)]
+        for text, box in boxes:
+            assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1, text
+        for (text, box), (other, against) in itertools.combinations(boxes, 2):
+            assert not box.padded(-1).overlaps(against.padded(-1)), f"{draw.__module__}: {text!r} over {other!r}"
+
+
+def test_one_row_is_drawn(tmp_path):
+    names = {path.stem for path in draw_all(sample.single(), tmp_path)}
+    assert names == {"latency", "perplexity", "memory", "size", "tradeoff"}
+
+
+def test_nothing_measured_draws_nothing_and_removes_what_was_there(tmp_path):
+    assert draw_all(sample.full(), tmp_path)
+    assert draw_all(sample.empty(), tmp_path) == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_same_results_same_bytes_whatever_the_user_set(drawn, tmp_path):
+    import matplotlib
+
+    before = dict(matplotlib.rcParams)
+    with matplotlib.rc_context({"font.size": 20, "svg.fonttype": "path", "savefig.dpi": 33, "lines.linewidth": 9}):
+        again = draw_all(sample.full(gpu=True), tmp_path)
+    assert dict(matplotlib.rcParams) == before
+    assert [path.read_bytes() for path in again] == [path.read_bytes() for path in drawn[1]]
+    assert b"<dc:date>" not in (tmp_path / "latency.svg").read_bytes()
+
+
+def test_the_note_counts_what_is_left_out(tmp_path):
+    results = sample.full()
+    rows = measured(results, lambda row: row.latency)
+    note = unmeasured_note(results, rows)
+    assert note == "Left out: 4 rows not measured here (the table says why), 1 row without this figure's measurement."
+    draw_all(results, tmp_path)
+    found = " ".join(svg_texts(tmp_path / "latency.svg"))
+    assert "4 rows not measured here" in found
+    assert unmeasured_note(sample.single(), sample.single().rows) != ""
+    one = sample.single()
+    assert unmeasured_note(one, one.rows) == ""
+
+
+def test_far_apart_perplexities_go_on_a_log_scale():
+    results = sample.full()
+    results.rows[0].quality = sample.quality(50_000.0)
+    assert quality.draw(results).axes[0].get_xscale() == "log"
+    assert "log scale" in quality.draw(results).axes[0].get_xlabel()
+    assert tradeoff.draw(results).axes[0].get_yscale() == "log"
+    assert quality.draw(sample.full()).axes[0].get_xscale() == "linear"
+
+
+def test_gpu_rows_without_device_memory_leave_the_memory_figure():
+    results = sample.full(gpu=True)
+    for row in results.rows:
+        if row.device == "cuda:0":
+            row.memory = dataclasses.replace(row.memory, gpu_allocator_peak=None, gpu_process=None)
+    assert [axes.get_title(loc="left")[:3] for axes in memory.draw(results).axes] == ["CPU"]
+
+
+def test_colours_differ_by_stage_and_unknown_stages_have_one():
+    assert len(set(style.COLOURS.values())) == len(style.COLOURS)
+    assert style.colour("something else") == style.OTHER
