@@ -12,6 +12,7 @@ import psutil
 import torch
 
 from eval.engine import Engine
+from eval.errors import WorkError
 from eval.results import Memory
 
 

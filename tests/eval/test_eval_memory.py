@@ -13,6 +13,7 @@ import psutil
 import pytest
 import torch
 
+from eval.errors import WorkError
 from eval.memory import exercise, in_fresh_process, memory_in_fresh_process, snapshot
 from eval.results import Memory
 
