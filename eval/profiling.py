@@ -3,47 +3,27 @@
 import json
 import shutil
 import tempfile
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, record_function, schedule, tensorboard_trace_handler
 
 from eval.engine import Engine
 from eval.errors import UserError, WorkError
 from eval.latency import measure
 from eval.memory import snapshot
+from eval.operators import NodeTime, Operator, add_nodes, add_operators, markdown_table, operators_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 TRACED_STEPS = 8
 """Decode steps in a trace at most: one looks like the next, and viewers choke on large files."""
-_ROWS, _BARS = 40, 15
 _SUFFIX = ".profile"
 _MIB = 2**20
-
-
-class Operator(NamedTuple):
-    """All calls of one operator in a trace; milliseconds leave out what it called in turn."""
-
-    name: str
-    calls: int
-    cpu_ms: float
-    cuda_ms: float
-    """For an operator the kernels that it launched itself, for a kernel its own time."""
-
-
-class NodeTime(NamedTuple):
-    """One node of a compiled graph, as an engine's `operator_times()` tells it."""
-
-    name: str
-    type: str
-    ms: float
 
 
 def profile(
@@ -163,10 +143,10 @@ def _add_traces(writer: Any, engine: Any, prompt_ids: np.ndarray, decode_steps: 
     }
     for phase, (run, steps) in runs.items():
         operators, kernels = _trace(engine, prompt, phase, run, steps, folder)
-        _add_operators(writer, f"operators/{phase}", operators)
-        _add_operators(writer, f"kernels/{phase}", kernels)
+        add_operators(writer, f"operators/{phase}", operators)
+        add_operators(writer, f"kernels/{phase}", kernels)
         if hasattr(engine, "operator_times"):
-            _add_nodes(writer, f"nodes/{phase}", [NodeTime(*each) for each in engine.operator_times()])
+            add_nodes(writer, f"nodes/{phase}", [NodeTime(*each) for each in engine.operator_times()])
 
 
 def _trace(
@@ -199,84 +179,18 @@ def _trace(
                 token = run(token).argmax(-1).cpu()
                 engine.synchronize()
             profiler.step()
-    _check_whole(folder, phase)
-    return _operators(profiler.events() or [])
+    # By name: that an event is a Python function is said in the file by all versions of torch, by its objects in few.
+    python = {event["name"] for event in _read(folder, phase) if event.get("cat") == "python_function"}
+    return operators_of(event for event in profiler.events() or [] if event.name not in python)
 
 
-def _check_whole(folder: Path, phase: str) -> None:
-    """The profiler does not tell when it could not write: see whether its JSON is there and has an end."""
+def _read(folder: Path, phase: str) -> list[dict[str, Any]]:
+    """The events of a trace, which the profiler may have cut off without a word."""
     try:
         (trace,) = folder.glob(f"{phase}.*.pt.trace.json")
-        json.loads(trace.read_bytes())
+        return json.loads(trace.read_bytes())["traceEvents"]
     except ValueError as error:
         raise WorkError(f"{folder}: no room for the trace of {phase}; make some and profile again") from error
-
-
-def _operators(events: Iterable[Any]) -> tuple[list[Operator], list[Operator]]:
-    """Own time of each operator and of each CUDA kernel, largest first, ranges and Python functions left out."""
-    totals: dict[tuple[bool, str], list[float]] = defaultdict(lambda: [0, 0.0, 0.0])
-    for event in events:
-        if event.is_user_annotation or event.is_python_function or event.name == "[memory]":
-            continue
-        total = totals[event.device_type == DeviceType.CPU, event.name]
-        total[0] += 1
-        total[1] += event.self_cpu_time_total / 1000
-        total[2] += event.self_device_time_total / 1000
-    rows = [(on_cpu, Operator(name, int(calls), cpu, cuda)) for (on_cpu, name), (calls, cpu, cuda) in totals.items()]
-    largest_first = sorted(rows, key=lambda row: (-row[1].cuda_ms, -row[1].cpu_ms))
-    return [op for on_cpu, op in largest_first if on_cpu], [op for on_cpu, op in largest_first if not on_cpu]
-
-
-def _add_operators(writer: Any, tag: str, operators: Sequence[Operator]) -> None:
-    """A table and a chart, by time on the GPU if any was spent there."""
-    if not operators:
-        return
-    on_gpu = any(op.cuda_ms for op in operators)
-    times = [op.cuda_ms if on_gpu else op.cpu_ms for op in operators]
-    rows = [
-        (op.name, str(op.calls), f"{op.cpu_ms:.3f}", f"{op.cuda_ms:.3f}", share)
-        for op, share in zip(operators, _shares(times), strict=True)
-    ]
-    writer.add_text(tag, _table(("op", "calls", "self CPU ms", "self CUDA ms", "share"), rows))
-    place = "GPU" if on_gpu else "CPU"
-    writer.add_figure(tag, _chart([op.name for op in operators], times, f"{tag}: own time on the {place} (ms)"))
-
-
-def _add_nodes(writer: Any, tag: str, nodes: Sequence[NodeTime]) -> None:
-    """A table of the nodes and a chart of their types."""
-    if not nodes:
-        return
-    nodes = sorted(nodes, key=lambda node: -node.ms)
-    rows = [
-        (node.name, node.type, f"{node.ms:.3f}", share)
-        for node, share in zip(nodes, _shares([node.ms for node in nodes]), strict=True)
-    ]
-    writer.add_text(tag, _table(("node", "type", "ms", "share"), rows))
-    types: dict[str, float] = defaultdict(float)
-    for node in nodes:
-        types[node.type] += node.ms
-    names = sorted(types, key=lambda name: -types[name])
-    writer.add_figure(tag, _chart(names, [types[name] for name in names], f"{tag}: time by type of node (ms)"))
-
-
-def _shares(times: Sequence[float]) -> list[str]:
-    total = sum(times) or 1.0
-    return [f"{each / total:.1%}" for each in times]
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; the first column is a name, cut where it is long."""
-    lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
-    lines += [f"| `{_short(name, 100)}` | " + " | ".join(rest) + " |" for name, *rest in rows[:_ROWS]]
-    if len(rows) > _ROWS:
-        lines += ["", f"{len(rows) - _ROWS} smaller ones are left out."]
-    return "\n".join(lines)
-
-
-def _short(name: str, width: int) -> str:
-    # A bar or a back tick would end the table's cell.
-    name = name.replace("|", "/").replace("`", "'")
-    return name if len(name) <= width else name[: width - 1] + "…"
 
 
 def _engine_table(engine: Engine, prompt_tokens: int, new_tokens: int) -> str:
@@ -292,22 +206,4 @@ def _engine_table(engine: Engine, prompt_tokens: int, new_tokens: int) -> str:
     }
     if engine.device.startswith("cuda"):
         facts["GPU"] = torch.cuda.get_device_name(engine.device)
-    return _table(("", "value"), [(name, _short(value, 300)) for name, value in facts.items()])
-
-
-def _chart(names: Sequence[str], times: Sequence[float], title: str) -> "Figure":
-    """Horizontal bars, longest on top."""
-    from matplotlib.figure import Figure
-
-    names, times = [_short(name, 60) for name in names[:_BARS]], times[:_BARS]
-    figure = Figure(figsize=(9, 1 + 0.3 * len(names)), layout="constrained")
-    axes = figure.subplots()
-    # By position: names that were cut may be equal.
-    bars = axes.barh(range(len(names)), times, color="#0072b2")
-    axes.set_yticks(range(len(names)), names)
-    axes.bar_label(bars, fmt="%.3g", padding=2)
-    axes.invert_yaxis()
-    axes.margins(x=0.1)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.set_title(title, loc="left")
-    return figure
+    return markdown_table(("", "value"), list(facts.items()))

@@ -21,6 +21,8 @@ from typing import Any
 from eval.errors import UserError, WorkError
 
 MANIFEST = "stage.json"
+CHECKPOINTS = "checkpoints"
+"""The one folder of a half-made stage that its next run goes on from."""
 _PACKAGES = (
     "torch",
     "transformers",
@@ -114,7 +116,7 @@ def disk_errors(where: Path) -> Iterator[None]:
             raise WorkError(
                 f"{where}: no space left on the disk; free some and run again, finished stages stay"
             ) from error
-        if code in (errno.EROFS, errno.EACCES, errno.EPERM):
+        if code in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR):
             name = getattr(error, "filename", None) or where
             raise UserError(f"{name}: {os.strerror(code)}; give an --out folder that you may write to") from error
         raise
@@ -156,7 +158,10 @@ class RunFolder:
         if not self.stage(name).exists():
             return None
         try:
-            return Manifest(**json.loads(path.read_text(encoding="utf-8")))
+            manifest = Manifest(**json.loads(path.read_text(encoding="utf-8")))
+            if not isinstance(manifest.files, dict) or not isinstance(manifest.details, dict):
+                raise TypeError("files and details are mappings")
+            return manifest
         except (OSError, ValueError, TypeError) as error:
             raise UserError(f"{path}: missing or damaged; make the stage again with --force {name}") from error
 
@@ -176,12 +181,15 @@ class RunFolder:
         return manifest
 
     def partial(self, name: str, mark: str) -> Path:
-        """The folder where a stage is being made; what an interrupted run of the same stage left is kept."""
+        """The folder where a stage is being made; an interrupted run of the same stage leaves its checkpoints."""
         path = self.path / f".{name}-{mark}.partial"
-        for other in self.path.glob(f".{name}-*.partial"):
-            if other != path:
-                shutil.rmtree(other)
         path.mkdir(exist_ok=True)
+        others = [other for other in self.path.glob(f".{name}-*.partial") if other != path]
+        for left in [*others, *(entry for entry in path.iterdir() if entry.name != CHECKPOINTS)]:
+            if left.is_dir():
+                shutil.rmtree(left)
+            else:
+                left.unlink()
         return path
 
     def publish(
@@ -217,7 +225,7 @@ class RunFolder:
             )
             (folder / MANIFEST).write_text(json.dumps(asdict(manifest), indent=1), encoding="utf-8")
             _sync(folder)
-            _replace(folder, self.stage(name))
+            replace_folder(folder, self.stage(name))
         return manifest
 
 
@@ -230,7 +238,7 @@ def _sync(folder: Path) -> None:
             os.close(handle)
 
 
-def _replace(new: Path, place: Path) -> None:
+def replace_folder(new: Path, place: Path) -> None:
     """Put `new` at `place`. A kill in between leaves the stage absent, to be made again; never half of it."""
     old = place.with_name(f".{place.name}.old")
     shutil.rmtree(old, ignore_errors=True)

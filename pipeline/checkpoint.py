@@ -50,7 +50,10 @@ def load_model(folder: Path, dtype: torch.dtype | str = torch.float32) -> Compac
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             raise UserError(f"{folder}: {name} holds NaN or infinity; give an undamaged checkpoint")
-    return (from_gpt2(model) if kind == "gpt2" else model).eval()
+    try:
+        return (from_gpt2(model) if kind == "gpt2" else model).eval()
+    except ValueError as error:
+        raise UserError(f"{folder}: {error}") from error
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -65,11 +68,14 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 def _config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"{path}: not found; give a folder in Hub format") from error
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: damaged JSON; copy the checkpoint again") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: holds no mapping; copy the checkpoint again")
+    return config
 
 
 def save_model(model: CompactGPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import sys
 from pathlib import Path
@@ -110,8 +111,8 @@ def evaluate(
     text: Annotated[
         str, typer.Option(help="embedded:test, hub:DATASET[@CONFIG]:SPLIT, or a text file.")
     ] = "embedded:test",
-    stride: Annotated[int | None, typer.Option(help="Tokens between windows; by default the context.")] = None,
-    context: Annotated[int | None, typer.Option(help="Tokens a window; by default the model's limit.")] = None,
+    stride: Annotated[int | None, typer.Option(min=1, help="Tokens between windows; by default the context.")] = None,
+    context: Annotated[int | None, typer.Option(min=2, help="Tokens a window; by default the model's limit.")] = None,
     device: Device = None,
     precision: Precision = None,
     as_json: Json = False,
@@ -123,7 +124,7 @@ def evaluate(
     from pipeline.checkpoint import load_tokenizer
     from pipeline.data import encode, sha256_text
     from pipeline.engines import default_engine, load_engine
-    from pipeline.texts import load_text
+    from pipeline.texts import load_text, raw_bytes
 
     loaded = load_engine(engine or default_engine(model), model, device=device, precision=precision)
     content = load_text(text)
@@ -136,10 +137,15 @@ def evaluate(
         text_sha256=sha256_text(content),
         text_share=1.0,
     )
+    size = raw_bytes(text)
+    bits = quality.nll * quality.tokens / math.log(2) / size if size else None
     if as_json:
-        print(json.dumps({"engine": loaded.name, "compute": loaded.compute, **asdict(quality)}))
+        about = {"engine": loaded.name, "device": loaded.device, "compute": loaded.compute}
+        print(json.dumps({**about, **asdict(quality), "bits_per_byte": bits}))
     else:
         print(f"perplexity {quality.perplexity:.4f}  ({quality.tokens:,} tokens, {quality.nll:.4f} nats a token)")
+        if bits is not None:
+            print(f"bits per byte {bits:.4f}")
         print(f"{loaded.name} on {loaded.device}: {loaded.compute}; context {quality.context}, stride {quality.stride}")
     return quality
 
@@ -214,7 +220,6 @@ def profile(
 ) -> Path:
     """torch.profiler traces, a kernel table and scalars, for TensorBoard and Perfetto."""
     from eval.profiling import profile as trace
-
     from pipeline.checkpoint import load_tokenizer
     from pipeline.data import encode
     from pipeline.engines import default_engine, load_engine
@@ -315,6 +320,7 @@ def main() -> None:
     except WorkError as error:
         print(f"failed: {error}", file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:
-        print("interrupted; run the same command to resume", file=sys.stderr)
-        sys.exit(130)
+    except SystemExit as end:
+        if end.code == 130:  # what typer makes of Ctrl-C
+            print("interrupted; run the same command to resume", file=sys.stderr)
+        raise

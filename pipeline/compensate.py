@@ -15,7 +15,7 @@ def compensate(
     pruned: CompactGPT2LMHeadModel,
     blocks: TokenBlocks,
     *,
-    ridge: float = 1e-4,
+    ridge: float = 1e-3,
     batch_size: int = 4,
     progress: bool = True,
 ) -> CompactGPT2LMHeadModel:

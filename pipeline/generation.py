@@ -44,13 +44,15 @@ def generate(
         if token == tokenizer.eos_token_id:
             break
         produced.append(token)
-        text = tokenizer.decode(produced)
+        text = tokenizer.decode(produced, clean_up_tokenization_spaces=False)
         # A byte-level token may end inside a character: wait for the rest of it.
         if not text.endswith("\ufffd"):
             yield text[len(shown) :]
             shown = text
         if step + 1 < max_new_tokens:
             logits = engine.decode(torch.tensor([token]))
+    if produced:
+        yield text[len(shown) :]
 
 
 def _sample(

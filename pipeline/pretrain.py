@@ -11,7 +11,10 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast, Trainer, set_seed
 
 from eval.errors import UserError
+from eval.results import save_json
 from pipeline import hardware
+from pipeline.artifacts import RunFolder, disk_errors, replace_folder
+from pipeline.checkpoint import save_model
 from pipeline.data import TokenBlocks, encode_many, read_text, tokenize_dataset
 from pipeline.model import CompactGPT2Config, CompactGPT2LMHeadModel
 from pipeline.optim import MuonAdamW, pretraining_groups
@@ -27,7 +30,11 @@ def pretrain(recipe: Pretrain, files: Sequence[Path], out: Path, validation_text
     at the end, `model/` in Hub format. Raises `UserError` for unusable text or a folder that was
     begun with other choices.
     """
-    out.mkdir(parents=True, exist_ok=True)
+    with RunFolder(out).locked(), disk_errors(out):
+        return _pretrain(recipe, files, out, validation_text)
+
+
+def _pretrain(recipe: Pretrain, files: Sequence[Path], out: Path, validation_text: str) -> Path:
     _same_choices(recipe, files, out)
     tokenizer = _tokenizer(recipe, files, out)
     blocks = _blocks(recipe, files, tokenizer, out)
@@ -87,9 +94,9 @@ def pretrain(recipe: Pretrain, files: Sequence[Path], out: Path, validation_text
         optimizers=(optimizer, None),
     )
     curve = run(trainer, "pretrain")
-    model.save_pretrained(out / "model")
-    tokenizer.save_pretrained(out / "model")
-    (out / "curve.json").write_text(json.dumps(curve, indent=1))
+    save_json(curve, out / "curve.json")
+    save_model(model, tokenizer, out / "model.partial")
+    replace_folder(out / "model.partial", out / "model")
     return out / "model"
 
 
@@ -98,9 +105,13 @@ def _same_choices(recipe: Pretrain, files: Sequence[Path], out: Path) -> None:
     lengths = {"steps", "decay_steps", "save_steps", "eval_steps", "log_steps"}
     choices = recipe.model_dump(mode="json", exclude=lengths) | {"files": [path.name for path in files]}
     path = out / "pretrain.json"
-    if path.exists() and json.loads(path.read_text()) != choices:
+    try:
+        begun = json.loads(path.read_text(encoding="utf-8")) if path.exists() else choices
+    except ValueError as error:
+        raise UserError(f"{path}: damaged; give another --out or delete the training") from error
+    if begun != choices:
         raise UserError(f"{out}: holds a training with another recipe or text; give another --out or delete it")
-    path.write_text(json.dumps(choices, indent=1))
+    save_json(choices, path)
 
 
 def _documents(recipe: Pretrain, files: Iterable[Path]) -> Iterator[str]:
@@ -139,13 +150,15 @@ def _tokenizer(recipe: Pretrain, files: Sequence[Path], out: Path) -> PreTrained
             raise UserError(
                 f"the text yields only {bpe.get_vocab_size()} tokens; set model.vocab_size to that or give more text"
             )
+        partial = out / "tokenizer.partial"
         PreTrainedTokenizerFast(
             tokenizer_object=bpe._tokenizer,
             bos_token=DOCUMENT_MARK,
             eos_token=DOCUMENT_MARK,
             unk_token=DOCUMENT_MARK,
             model_max_length=recipe.model.n_positions,
-        ).save_pretrained(folder)
+        ).save_pretrained(partial)
+        replace_folder(partial, folder)
     return PreTrainedTokenizerFast.from_pretrained(folder)
 
 

@@ -1,7 +1,6 @@
 """Order the stages, skip what is up to date, resume what was cut off, measure, report."""
 
 import shlex
-
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -12,7 +11,7 @@ import yaml
 from eval.errors import UserError
 from eval.results import CurvePoint, Heads, Results, save_results
 from pipeline import hardware
-from pipeline.artifacts import RunFolder, fingerprint, git_commit, versions
+from pipeline.artifacts import RunFolder, disk_errors, fingerprint, git_commit, versions
 from pipeline.data import sha256_text
 from pipeline.measure import Measurer
 from pipeline.recipe import Recipe
@@ -40,7 +39,7 @@ class Runner:
         for name in force:
             if name not in BY_NAME:
                 raise UserError(f"--force {name}: no such stage; give one of {', '.join(BY_NAME)}")
-        with self.run.locked():
+        with self.run.locked(), disk_errors(self.run.path):
             self._keep_recipe()
             self._check_texts(wanted)
             for stage in wanted:
@@ -56,7 +55,7 @@ class Runner:
         if world_size() > 1:
             self._stage_with_others(stage)
             return Results(run={}, rows=[])
-        with self.run.locked():
+        with self.run.locked(), disk_errors(self.run.path):
             self._keep_recipe()
             self._check_texts([stage])
             if stage.after is not None:
@@ -177,7 +176,8 @@ class Runner:
             raise UserError(f"{stage.name}: works in one process; start it without torchrun or accelerate launch")
         state = PartialState(cpu=self.device == "cpu")
         if is_main_process():
-            with self.run.locked():
+            with self.run.locked(), disk_errors(self.run.path):
+                self._check_texts([stage])
                 self._require(stage.after or "")
                 self.run.partial(stage.name, self.fingerprint(stage))
                 state.wait_for_everyone()

@@ -27,6 +27,15 @@ def load_text(source: str) -> str:
     return join_rows(read_text(source).splitlines())
 
 
+def raw_bytes(source: str) -> int | None:
+    """Bytes of a text before its rows are joined: the base of bits per byte; `None` for a Hub dataset."""
+    kind, _, rest = source.partition(":")
+    if kind == "hub":
+        return None
+    path = ASSETS / "wikitext-2" / f"{rest}.txt" if kind == "embedded" else Path(source)
+    return len(read_text(path).encode())
+
+
 def _hub_text(source: str, rest: str) -> str:
     name, _, split = rest.rpartition(":")
     dataset, _, config = name.partition("@")

@@ -1,7 +1,9 @@
 """Training with the Hugging Face `Trainer`: what fine-tuning and pretraining share."""
 
+import json
 import math
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,9 +11,9 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME
 
-from eval.errors import UserError, WorkError
+from eval.errors import WorkError
 from pipeline import hardware
 from pipeline.data import TokenBlocks
 from pipeline.model import CompactGPT2LMHeadModel
@@ -60,14 +62,15 @@ class Watch(TrainerCallback):
     def __init__(self, name: str):
         self.name = name
 
+    def on_step_end(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
+        # What was not yet logged is not in a checkpoint: a resumed training would log another mean.
+        control.should_log = control.should_log or control.should_save
+
     def on_log(self, args, state, control, logs=None, **kwargs):  # type: ignore[no-untyped-def]
         logs = logs or {}
         for key in ("loss", "eval_loss"):
             if key in logs and not math.isfinite(logs[key]):
-                raise WorkError(
-                    f"{self.name}: {key} is {logs[key]} at step {state.global_step}; "
-                    "lower the learning rate and run again"
-                )
+                raise _diverged(self.name, f"{key} is {logs[key]} at step {state.global_step}")
         if state.is_world_process_zero and ("loss" in logs or "eval_loss" in logs):
             shown = "  ".join(
                 f"{key} {logs[key]:.4g}" for key in ("loss", "eval_loss", "learning_rate", "grad_norm") if key in logs
@@ -102,20 +105,45 @@ class DistillingTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
 
+def _diverged(name: str, what: str) -> WorkError:
+    return WorkError(f"{name}: {what}; lower the learning rate and run again")
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The last whole checkpoint in `folder`; what a kill cut off is deleted."""
+    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
+    for path in found:
+        try:
+            # The trainer writes this file last.
+            json.loads((path / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+            return str(path)
+        except (OSError, ValueError):
+            if is_main_process():
+                shutil.rmtree(path)
+    return None
+
+
+def drop_checkpoints(folder: Path) -> None:
+    """Delete a training's checkpoints; cut off in between, those that are left are whole or known not to be."""
+    for state in folder.glob(f"checkpoint-*/{TRAINER_STATE_NAME}"):
+        state.unlink()
+    shutil.rmtree(folder)
+
+
 def run(trainer: Trainer, name: str) -> list[dict[str, float]]:
     """Train, resuming from the last whole checkpoint; returns the learning curve.
 
     Each point is `{"step", "epoch", "loss", "rate"}`, loss in nats a token. Raises `WorkError`
-    when the loss is no longer finite.
+    when the loss or a weight is no longer finite.
     """
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(Watch(name))
-    folder = Path(trainer.args.output_dir)
-    last = get_last_checkpoint(str(folder)) if folder.exists() else None
-    if last is not None and not (Path(last) / "trainer_state.json").exists():
-        raise UserError(f"{last}: cut off while it was written; delete this folder and run again")
-    trainer.train(resume_from_checkpoint=last)
+    trainer.train(resume_from_checkpoint=last_checkpoint(Path(trainer.args.output_dir)))
+    # The last step's update comes after the last loss.
+    for key, weight in trainer.model.named_parameters():
+        if not torch.isfinite(weight).all():
+            raise _diverged(name, f"{key} is no longer finite")
     return [
         {"step": log["step"], "epoch": log["epoch"], "loss": log["loss"], "rate": log["learning_rate"]}
         for log in trainer.state.log_history

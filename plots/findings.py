@@ -283,7 +283,8 @@ def protocol(results: Results) -> list[str]:
         if q := row.quality:
             found.append(
                 f"Perplexity: sliding windows of {count(q.context, 'token')} with stride {q.stride:,}, "
-                f"each target scored once; {share(q.text_share)} of the text, {count(q.tokens, 'scored token')}; text SHA-256 {q.text_sha256}."
+                f"each target scored once; {share(q.text_share)} of the text, {count(q.tokens, 'scored token')}; "
+                f"text SHA-256 {q.text_sha256}."
             )
     for row in results.rows:
         if lat := row.latency:

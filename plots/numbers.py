@@ -4,10 +4,10 @@ NONE = "–"
 
 
 def significant(value: float, digits: int = 3) -> str:
-    """`digits` significant digits without an exponent: 0.0512, 5.12, 51.2, 5,120."""
+    """`digits` significant digits without an exponent, and all of a large whole part: 0.0512, 5.12, 51.2, 5,123."""
     rounded = float(f"{value:.{digits - 1}e}")
     if abs(rounded) >= 10 ** (digits - 1):
-        return f"{rounded:,.0f}"
+        return f"{value:,.0f}"
     exponent = int(f"{rounded:e}".partition("e")[2]) if rounded else 0
     return f"{rounded:.{digits - 1 - exponent}f}"
 

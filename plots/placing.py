@@ -18,7 +18,8 @@ def place(
     """A box for each label, as near to its point as room allows.
 
     `sizes` are `(width, height)`; `keep_clear` holds further boxes to avoid.
-    Greedy: each label in turn takes the first place, by distance, that touches no point, no earlier label and no edge; where there is none, the place with the least overlap.
+    Greedy: each label in turn takes the first place, by distance, that touches no point,
+    no earlier label and no edge; where there is none, the place with the least overlap.
     """
     taken: list[Box] = [(x - radius, y - radius, x + radius, y + radius) for x, y, radius in points]
     taken += keep_clear

@@ -5,11 +5,15 @@
 `tiny_tokenizer` fits them: byte-level BPE with 269 tokens, which encodes any text.
 """
 
+import shutil
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
@@ -17,6 +21,19 @@ from pipeline.data import TokenBlocks
 from pipeline.model import CompactGPT2LMHeadModel, from_gpt2
 
 VOCAB = 269
+
+
+def random_gpt2(seed: int = 0, **overrides: object) -> GPT2LMHeadModel:
+    """A random Hugging Face GPT-2 in eval mode; keywords override the configuration."""
+    shape = {"vocab_size": VOCAB, "n_positions": 67, "n_embd": 40, "n_layer": 3, "n_head": 5}
+    ends = {"bos_token_id": 0, "eos_token_id": 0}
+    model = GPT2LMHeadModel(GPT2Config(**(shape | ends | overrides))).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            noise = torch.randn(weight.shape, generator=generator) * 0.2
+            weight.copy_(noise + 1 if ".ln_" in name and name.endswith("weight") else noise)
+    return model
 
 
 @pytest.fixture(autouse=True)
@@ -33,18 +50,7 @@ def _one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
 def make_gpt2() -> Callable[..., GPT2LMHeadModel]:
     """A factory of random Hugging Face GPT-2s in eval mode; keywords override the configuration."""
 
-    def make(seed: int = 0, **overrides: object) -> GPT2LMHeadModel:
-        shape = {"vocab_size": VOCAB, "n_positions": 67, "n_embd": 40, "n_layer": 3, "n_head": 5}
-        ends = {"bos_token_id": 0, "eos_token_id": 0}
-        model = GPT2LMHeadModel(GPT2Config(**(shape | ends | overrides))).eval()
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for name, weight in model.named_parameters():
-                noise = torch.randn(weight.shape, generator=generator) * 0.2
-                weight.copy_(noise + 1 if ".ln_" in name and name.endswith("weight") else noise)
-        return model
-
-    return make
+    return random_gpt2
 
 
 @pytest.fixture
@@ -81,3 +87,98 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<|endoftext|>", eos_token="<|endoftext|>", unk_token="<|endoftext|>"
     )
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTokenizerFast) -> Path:
+    """A model folder in Hub format, stock layout, with its tokenizer. Copy it before changing it."""
+    folder = tmp_path_factory.mktemp("hub") / "tiny"
+    random_gpt2(3, n_layer=2, n_positions=48).save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
+def prose(seed: int, paragraphs: int) -> str:
+    """Made-up sentences, the same for the same seed, each line longer than 100 characters."""
+    words = "the cat dog hat mat sat saw ran on and other old red big bird sang when under over tree house"
+    rng = np.random.default_rng(seed)
+    return "\n\n".join(" ".join(rng.choice(words.split(), 40)) + "." for _ in range(paragraphs)) + "\n"
+
+
+@pytest.fixture(scope="session")
+def tiny_texts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Files `train`, `calibration` and `evaluation`."""
+    folder = tmp_path_factory.mktemp("texts")
+    texts = {name: folder / f"{name}.txt" for name in ("train", "calibration", "evaluation")}
+    for seed, path in enumerate(texts.values()):
+        path.write_text(prose(seed, 24), encoding="utf-8")
+    return texts
+
+
+@pytest.fixture(scope="session")
+def tiny_choices(tiny_folder: Path, tiny_texts: dict[str, Path]) -> dict[str, Any]:
+    """A recipe as plain data: all stages, a few steps each, no memory probes (each starts a process)."""
+    return {
+        "name": "tiny",
+        "load": {"source": str(tiny_folder)},
+        "data": {name: str(path) for name, path in tiny_texts.items()},
+        "prune": {"calibration_blocks": 3, "block_size": 32},
+        "finetune": {"steps": 7, "batch_size": 2, "block_size": 32, "learning_rate": 1e-3, "save_steps": 2},
+        "quantize": {"calibration_samples": 3, "block_size": 32},
+        "measure": {
+            "text_share": 0.2,
+            "context": 32,
+            "prompt_tokens": 8,
+            "new_tokens": 4,
+            "min_count": 2,
+            "min_seconds": 0,
+            "memory": False,
+        },
+    }
+
+
+@pytest.fixture(scope="session")
+def tiny_recipe(tmp_path_factory: pytest.TempPathFactory, tiny_choices: dict[str, Any]) -> Path:
+    """The same as a file."""
+    path = tmp_path_factory.mktemp("recipe") / "tiny.yaml"
+    path.write_text(yaml.safe_dump(tiny_choices), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory: pytest.TempPathFactory, tiny_recipe: Path) -> Path:
+    """The folder of a whole, undisturbed run of `tiny_recipe`. Copy it before changing it."""
+    from pipeline.recipe import Recipe, load_recipe
+    from pipeline.runner import Runner
+
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    Runner(load_recipe(Recipe, tiny_recipe), folder).execute()
+    torch.set_num_threads(threads)
+    return folder
+
+
+@pytest.fixture
+def run_copy(finished_run: Path, tmp_path: Path) -> Path:
+    """A copy of `finished_run` to do harm to."""
+    return Path(shutil.copytree(finished_run, tmp_path / "run"))
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """The command line within this process: `cli("run", ...)` gives exit code, stdout, stderr."""
+    from pipeline.cli import main
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["pipeline", *map(str, arguments)])
+        capfd.readouterr()
+        try:
+            main()
+            code: Any = 0
+        except SystemExit as end:
+            code = end.code or 0
+        captured = capfd.readouterr()
+        return code, captured.out, captured.err
+
+    return call

@@ -1,15 +1,15 @@
 """Fine-tune: recover what pruning cost, with the Hugging Face `Trainer` on FP32 master weights."""
 
-import shutil
 from typing import Any
 
+from pipeline.artifacts import CHECKPOINTS
 from pipeline.checkpoint import load_model, load_tokenizer, save_model
 from pipeline.data import tokenize_dataset
 from pipeline.recipe import Recipe
 from pipeline.stages.half import to_half
 from pipeline.stages.job import Job
 from pipeline.texts import load_text
-from pipeline.training import is_main_process, train
+from pipeline.training import drop_checkpoints, is_main_process, train
 
 VERSION = 1
 
@@ -29,7 +29,7 @@ def build(job: Job) -> dict[str, Any]:
         load_text(job.recipe.data.train), tokenizer, min(choices.block_size, model.config.n_positions)
     )
     teacher = load_model(job.teacher / "model") if choices.distill and job.teacher else None
-    checkpoints = job.out / "checkpoints"
+    checkpoints = job.out / CHECKPOINTS
     curve = train(model, blocks, choices, checkpoints, seed=job.recipe.seed, device=job.device, teacher=teacher)
     if not is_main_process():
         return {}
@@ -37,5 +37,5 @@ def build(job: Job) -> dict[str, Any]:
     save_model(model, tokenizer, job.out / "model")
     to_half(model)
     save_model(model, tokenizer, job.out / "model_fp16")
-    shutil.rmtree(checkpoints)
+    drop_checkpoints(checkpoints)
     return {"curve": curve, "blocks": len(blocks)}

@@ -57,6 +57,11 @@ def config(recipe: Recipe) -> dict[str, Any]:
 def build(job: Job) -> dict[str, Any]:
     """Write `model/`: the FP32 model and its tokenizer."""
     folder = resolve(job.recipe.load.source, job.recipe.load.revision)
-    model = load_model(folder)
-    save_model(model, load_tokenizer(folder), job.out / "model")
+    model, tokenizer = load_model(folder), load_tokenizer(folder)
+    if len(tokenizer) > model.config.vocab_size:
+        raise UserError(
+            f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model only {model.config.vocab_size}; "
+            "give the tokenizer that the model was trained with"
+        )
+    save_model(model, tokenizer, job.out / "model")
     return {"parameters": model.num_parameters()}

@@ -110,7 +110,7 @@ def test_gptq_beats_rtn_on_its_calibration_inputs(model: CompactGPT2LMHeadModel,
 
     for name in names:
         assert output_error(gptq, name) < output_error(rtn, name), name
-        assert not torch.equal(gptq.get_submodule(name).weight, rtn.get_submodule(name).weight)  # type: ignore[arg-type]
+        assert not torch.equal(gptq.get_buffer(f"{name}.weight"), rtn.get_buffer(f"{name}.weight"))
 
 
 def test_gptq_covers_every_layer_and_leaves_the_head_to_rtn(model: CompactGPT2LMHeadModel, blocks: TokenBlocks) -> None:
@@ -126,12 +126,14 @@ def test_gptq_covers_every_layer_and_leaves_the_head_to_rtn(model: CompactGPT2LM
 def test_gptq_keeps_rows_without_negative_weights(model: CompactGPT2LMHeadModel, blocks: TokenBlocks) -> None:
     """A row of one sign, whose largest weights a scale half as large would clip."""
     with torch.no_grad():
-        model.transformer.h[1].attn.c_proj.weight[2].abs_()
+        model.get_parameter("transformer.h.1.attn.c_proj.weight")[2].abs_()
     quantized = INCQuantizer.from_pretrained(model).quantize(WeightOnlyConfig("gptq"), blocks)
-    layer, original = quantized.transformer.h[1].attn.c_proj, model.transformer.h[1].attn.c_proj
+    layer = quantized.get_submodule("transformer.h.1.attn.c_proj")
     assert isinstance(layer, Int8Linear)
     restored = layer.weight[2].float() * layer.scale[2]
-    assert (restored - original.weight[2]).abs().max() <= layer.scale[2] / 2 * 1.001
+    assert (restored - model.get_parameter("transformer.h.1.attn.c_proj.weight")[2]).abs().max() <= layer.scale[
+        2
+    ] / 2 * 1.001
 
 
 def test_gptq_does_not_see_padding(model: CompactGPT2LMHeadModel, blocks: TokenBlocks) -> None:
@@ -165,7 +167,7 @@ def test_ignore_keeps_layers_in_fp32(model: CompactGPT2LMHeadModel, blocks: Toke
     kept = {name for name in _linears(model) if ".h.0." in name} | {"transformer.h.2.mlp.c_fc", "lm_head"}
     assert _linears(quantized).keys() == kept
     for name in kept:
-        assert torch.equal(quantized.get_submodule(name).weight, model.get_submodule(name).weight)  # type: ignore[arg-type]
+        assert torch.equal(quantized.get_parameter(f"{name}.weight"), model.get_parameter(f"{name}.weight"))
     assert quantized.transformer.wte.weight is quantized.lm_head.weight
     assert isinstance(quantized.transformer.wpe, nn.Embedding)
 
@@ -200,8 +202,9 @@ def test_report_states_what_happened(model: CompactGPT2LMHeadModel) -> None:
 def test_fp16_models_are_quantised_from_their_own_weights(model: CompactGPT2LMHeadModel) -> None:
     half = model.half()
     quantized = INCQuantizer.from_pretrained(half).quantize()
-    codes, _ = _numpy_rtn(half.transformer.h[1].mlp.c_fc.weight.detach().float().numpy())
-    np.testing.assert_array_equal(quantized.transformer.h[1].mlp.c_fc.weight.numpy(), codes)
+    name = "transformer.h.1.mlp.c_fc.weight"
+    codes, _ = _numpy_rtn(half.get_parameter(name).detach().float().numpy())
+    np.testing.assert_array_equal(quantized.get_buffer(name).numpy(), codes)
     assert half.lm_head.weight.dtype == torch.float16
 
 

@@ -1,0 +1,196 @@
+"""Run a notebook from top to bottom and keep its outputs: `python -m benchmarks.notebook project.ipynb`."""
+
+import argparse
+import ast
+import os
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import nbformat
+from jupyter_client.kernelspec import NoSuchKernel
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError, DeadKernelError
+from nbformat import NotebookNode
+
+from eval.errors import UserError, WorkError
+
+ROOT = Path(__file__).resolve().parents[1]
+PARAMETERS = "parameters"
+"""The tag of the cell whose assignments may be replaced, as papermill calls it."""
+
+
+class _Client(NotebookClient):
+    """Sends progress to our stderr and keeps it out of the notebook."""
+
+    def output(self, outs: list[NotebookNode], msg: dict[str, Any], display_id: str | None, cell_index: int) -> Any:
+        if msg["msg_type"] == "stream" and msg["content"]["name"] == "stderr":
+            print(msg["content"]["text"], end="", file=sys.stderr, flush=True)
+            return None
+        if display_id:  # made to be updated in place: a progress bar
+            return None
+        return super().output(outs, msg, display_id, cell_index)
+
+
+def run_notebook(path: Path, out: Path | None = None, parameters: Mapping[str, Any] | None = None) -> NotebookNode:
+    """Execute a notebook from the repository root and write it with its outputs to `out` (default: in place).
+
+    `parameters` replaces the values that the cell tagged `parameters` assigns. What stderr and progress
+    bars showed is not kept, nor any time stamp. Written whole, and only if every cell ran.
+
+    Raises `UserError` for a file that is no notebook, a parameter that the cell does not assign, or an
+    `out` that cannot be written; `WorkError` naming the cell that failed.
+    """
+    notebook = _read(path)
+    if parameters:
+        set_parameters(notebook, parameters, path)
+    out = out or path
+    if not out.parent.is_dir():
+        raise UserError(f"{out.parent}: no such folder; give --out in a folder that is there")
+    _execute(notebook, path)
+    _normalise(notebook)
+    _write(out, nbformat.writes(notebook) + "\n")
+    return notebook
+
+
+def set_parameters(notebook: NotebookNode, parameters: Mapping[str, Any], path: Path) -> None:
+    """Replace the values of top-level assignments in the parameters cell; comments stay."""
+    cell = next((cell for cell in notebook.cells if PARAMETERS in cell.metadata.get("tags", ())), None)
+    if cell is None or cell.cell_type != "code":
+        raise UserError(f"{path}: has no code cell tagged '{PARAMETERS}', so nothing can be set")
+    for name, value in parameters.items():
+        for node in ast.parse(cell.source).body:
+            if isinstance(node, ast.Assign) and [ast.unparse(target) for target in node.targets] == [name]:
+                cell.source = _replaced(cell.source, node.value, repr(value))
+                break
+        else:
+            raise UserError(f"{path}: the cell tagged '{PARAMETERS}' does not assign {name}")
+
+
+def _replaced(source: str, node: ast.expr, text: str) -> str:
+    """The source with `text` in the place of `node`; `ast` counts columns in UTF-8 bytes."""
+    assert node.end_lineno is not None and node.end_col_offset is not None
+    raw = source.encode().splitlines(keepends=True)
+    before = b"".join(raw[: node.lineno - 1]) + raw[node.lineno - 1][: node.col_offset]
+    after = raw[node.end_lineno - 1][node.end_col_offset :] + b"".join(raw[node.end_lineno :])
+    return (before + text.encode() + after).decode()
+
+
+def _read(path: Path) -> NotebookNode:
+    try:
+        notebook = nbformat.reads(path.read_text(encoding="utf-8"), as_version=4)
+        nbformat.validate(notebook)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; give a notebook (.ipynb)") from error
+    except Exception as error:  # nbformat raises its own kinds, jsonschema's and KeyError for files that are none
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path}: no notebook ({reason}); give an .ipynb file of format 4") from error
+    return notebook
+
+
+def _execute(notebook: NotebookNode, path: Path) -> None:
+    total = len(notebook.cells)
+
+    def announce(cell: NotebookNode, cell_index: int) -> None:
+        if cell.cell_type == "code":
+            print(f"{path.name}: cell {cell_index + 1} of {total}: {_first_line(cell)}", file=sys.stderr, flush=True)
+
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
+    client = _Client(
+        notebook,
+        timeout=None,
+        resources={"metadata": {"path": str(ROOT)}},
+        record_timing=False,
+        on_cell_start=announce,
+    )
+    try:
+        client.execute()
+    except CellExecutionError as error:
+        reason = (error.evalue.splitlines() or [""])[0]
+        raise WorkError(f"{path}: {_where(notebook)} failed: {error.ename}: {reason}") from error
+    except DeadKernelError as error:
+        raise WorkError(
+            f"{path}: the kernel died in {_where(notebook)}; too little memory is the usual cause"
+        ) from error
+    except NoSuchKernel as error:
+        raise UserError(f"{path}: asks for kernel {error.name!r}, which is not here; pip install ipykernel") from error
+
+
+def _where(notebook: NotebookNode) -> str:
+    """The cell that was at work: the first one with an error, else the last one that began."""
+    code = [(number, cell) for number, cell in enumerate(notebook.cells, 1) if cell.cell_type == "code"]
+    failed = [each for each in code if any(output.output_type == "error" for output in each[1].outputs)]
+    number, cell = failed[0] if failed else [each for each in code if each[1].execution_count or each is code[0]][-1]
+    return f"cell {number} ({_first_line(cell)})"
+
+
+def _first_line(cell: NotebookNode) -> str:
+    return next((line.strip() for line in cell.source.splitlines() if line.strip()), "empty")
+
+
+def _normalise(notebook: NotebookNode) -> None:
+    """Leave out what differs from one run to the next without saying anything."""
+    notebook.metadata = nbformat.from_dict(
+        {
+            "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+            "language_info": {"name": "python"},
+        }
+    )
+    for cell in notebook.cells:
+        cell.metadata.pop("execution", None)
+
+
+def _write(path: Path, text: str) -> None:
+    """Write atomically: a reader sees the old file or the new one."""
+    try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(text)
+            Path(temporary).chmod(0o644)
+            os.replace(temporary, path)
+        finally:
+            Path(temporary).unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; give an --out that can be written") from error
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit 2 with one line on stderr for the user's mistakes, 1 for a cell that failed."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.notebook", description=__doc__)
+    parser.add_argument("notebook", type=Path)
+    parser.add_argument("--out", type=Path, metavar="FILE", help="where to write it; by default in place")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a recipe key, as in finetune.steps=2; all that are given take the place of the notebook's overrides",
+    )
+    parser.add_argument("--run-folder", metavar="FOLDER", help="take the place of the notebook's run folder")
+    choices = parser.parse_args(arguments)
+    parameters: dict[str, Any] = {}
+    if choices.set:
+        parameters["overrides"] = choices.set
+    if choices.run_folder:
+        parameters["run_folder"] = choices.run_folder
+    try:
+        run_notebook(choices.notebook, choices.out, parameters)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except WorkError as error:
+        print(f"failed: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; the notebook was left as it was", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,198 @@
+"""The OpenVINO engine against torch: all positions, token by token, batches, uneven heads, and bad folders."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from eval.engine import Engine
+from eval.errors import UserError
+from pipeline import openvino_export
+from pipeline.engines import openvino as engine_module
+from pipeline.engines.openvino import OpenVINOEngine
+from pipeline.hardware import cpu_has_bf16
+from pipeline.inc import INCQuantizer
+from pipeline.model import CompactGPT2Config, CompactGPT2LMHeadModel
+from pipeline.openvino_export import IR_NAME, export_openvino
+
+pytest.importorskip("openvino")
+VOCAB, CONTEXT = 101, 37
+
+
+@pytest.fixture(scope="module")
+def model() -> CompactGPT2LMHeadModel:
+    config = CompactGPT2Config(
+        vocab_size=VOCAB,
+        n_positions=CONTEXT,
+        n_embd=40,
+        n_layer=3,
+        n_head=5,
+        kept_heads=[[0, 1, 2, 3, 4], [3], [0, 2, 4]],
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    torch.manual_seed(0)
+    model = CompactGPT2LMHeadModel(config).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(torch.randn(weight.shape) * 0.1)
+    return model
+
+
+@pytest.fixture(scope="module")
+def irs(model: CompactGPT2LMHeadModel, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("ir")
+    INCQuantizer.from_pretrained(model).quantize(save_directory=root / "int8")
+    return {
+        "fp32": export_openvino(model, root / "fp32"),
+        "fp16": export_openvino(model, root / "fp16", compress_to_fp16=True),
+        "int8": root / "int8",
+    }
+
+
+@pytest.fixture(scope="module")
+def fp32(irs: dict[str, Path]) -> OpenVINOEngine:
+    return OpenVINOEngine.from_folder(irs["fp32"])
+
+
+def _ids(batch: int, length: int) -> torch.Tensor:
+    return torch.randint(0, VOCAB, (batch, length), generator=torch.Generator().manual_seed(batch * length))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("batch", "length"), [(1, 1), (1, 37), (3, 29), (2, 8)])
+def test_logits_are_torchs(fp32: OpenVINOEngine, model: CompactGPT2LMHeadModel, batch: int, length: int) -> None:
+    ids = _ids(batch, length)
+    logits = fp32.logits(ids)
+    assert logits.dtype == torch.float32 and logits.shape == (batch, length, VOCAB)
+    torch.testing.assert_close(logits, model(ids).logits, atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("batch", [1, 3])
+def test_prefill_and_decode_are_the_full_forward(
+    fp32: OpenVINOEngine, model: CompactGPT2LMHeadModel, batch: int
+) -> None:
+    """A prompt, then token by token up to the last position; twice, so that the past is really forgotten."""
+    ids = _ids(batch, CONTEXT)
+    wanted = model(ids).logits
+    for prompt in (13, 1):
+        torch.testing.assert_close(fp32.prefill(ids[:, :prompt]), wanted[:, prompt - 1], atol=1e-4, rtol=0)
+        for position in range(prompt, CONTEXT):
+            torch.testing.assert_close(fp32.decode(ids[:, position]), wanted[:, position], atol=1e-4, rtol=0)
+
+
+def test_results_outlive_the_next_run(fp32: OpenVINOEngine) -> None:
+    """The request reuses its memory; what was handed out must not change."""
+    first = fp32.prefill(_ids(2, 9))
+    copy = first.clone()
+    whole = fp32.logits(_ids(2, 9))
+    kept = whole.clone()
+    fp32.logits(_ids(2, 9).flip(1))
+    assert torch.equal(first, copy) and torch.equal(whole, kept)
+
+
+@torch.no_grad()
+def test_fp16_weights_compute_in_fp32(irs: dict[str, Path], model: CompactGPT2LMHeadModel) -> None:
+    import copy
+
+    rounded = copy.deepcopy(model)
+    for weight in rounded.parameters():
+        weight.data = weight.data.half().float()
+    engine = OpenVINOEngine.from_folder(irs["fp16"])
+    assert engine.precision == "fp16"
+    torch.testing.assert_close(engine.logits(_ids(3, 21)), rounded(_ids(3, 21)).logits, atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_int8_is_close_to_fp32(irs: dict[str, Path], model: CompactGPT2LMHeadModel) -> None:
+    engine = OpenVINOEngine.from_folder(irs["int8"])
+    assert engine.precision == "int8"
+    ids = _ids(3, CONTEXT)
+    wanted, logits = model(ids).logits, engine.logits(ids)
+    assert 1e-5 < (logits - wanted).norm() / wanted.norm() < 0.05
+
+    def nll(values: torch.Tensor) -> float:
+        return torch.nn.functional.cross_entropy(values[:, :-1].flatten(0, 1).double(), ids[:, 1:].flatten()).item()
+
+    assert nll(logits) == pytest.approx(nll(wanted), abs=0.05)
+
+
+def test_states_what_is_in_force(irs: dict[str, Path], fp32: OpenVINOEngine) -> None:
+    assert isinstance(fp32, Engine)
+    assert (fp32.name, fp32.device, fp32.precision) == ("openvino", "cpu", "fp32")
+    assert (fp32.context, fp32.vocab_size) == (CONTEXT, VOCAB)
+    for hint in ("INFERENCE_PRECISION_HINT=f32", "KV_CACHE_PRECISION=f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE=0"):
+        assert hint in fp32.compute
+    single = OpenVINOEngine.from_folder(irs["int8"], precision="int8", threads=1)
+    assert "INFERENCE_NUM_THREADS=1" in single.compute
+    fp32.synchronize()
+
+
+def test_a_full_context_is_refused(fp32: OpenVINOEngine) -> None:
+    with pytest.raises(UserError, match=r"38 tokens.*context is 37"):
+        fp32.logits(_ids(1, 38))
+    fp32.prefill(_ids(2, 37))
+    with pytest.raises(UserError, match="context is 37"):
+        fp32.decode(_ids(2, 1)[:, 0])
+    assert fp32.logits(_ids(1, 5)).shape == (1, 5, VOCAB)  # and goes on working
+
+
+@pytest.mark.parametrize(
+    ("held", "asked"), [("fp32", "int8"), ("fp32", "fp16"), ("int8", "fp32"), ("fp16", "bf16"), ("fp32", "fp64")]
+)
+def test_a_precision_that_does_not_fit_is_refused(irs: dict[str, Path], held: str, asked: str) -> None:
+    with pytest.raises(UserError, match=asked):
+        OpenVINOEngine.from_folder(irs[held], precision=asked)
+
+
+@torch.no_grad()
+def test_bf16_runs_where_the_cpu_has_it(irs: dict[str, Path], model: CompactGPT2LMHeadModel) -> None:
+    if not cpu_has_bf16():
+        with pytest.raises(UserError, match="no bf16"):
+            OpenVINOEngine.from_folder(irs["fp32"], precision="bf16")
+        return
+    engine = OpenVINOEngine.from_folder(irs["fp32"], precision="bf16")
+    assert "INFERENCE_PRECISION_HINT=bf16" in engine.compute
+    wanted = model(_ids(1, 21)).logits
+    assert (engine.logits(_ids(1, 21)) - wanted).norm() / wanted.norm() < 0.05
+
+
+def test_broken_folders(irs: dict[str, Path], tmp_path: Path) -> None:
+    """Each gives one line that names the file."""
+
+    def broken(name: str) -> Path:
+        return Path(shutil.copytree(irs["fp32"], tmp_path / name))
+
+    with pytest.raises(UserError, match="No such file"):
+        OpenVINOEngine.from_folder(tmp_path / "nowhere")
+    folder = broken("without xml")
+    (folder / IR_NAME).unlink()
+    with pytest.raises(UserError, match=r"no openvino_model\.xml"):
+        OpenVINOEngine.from_folder(folder)
+    folder = broken("cut xml")
+    (folder / IR_NAME).write_bytes((folder / IR_NAME).read_bytes()[:5000])
+    with pytest.raises(UserError, match="damaged IR") as error:
+        OpenVINOEngine.from_folder(folder)
+    assert "\n" not in str(error.value)
+    folder = broken("cut bin")
+    binary = (folder / IR_NAME).with_suffix(".bin")
+    binary.write_bytes(binary.read_bytes()[:1000])
+    with pytest.raises(UserError, match="damaged IR") as error:
+        OpenVINOEngine.from_folder(folder)
+    assert "\n" not in str(error.value)
+    folder = broken("bad config")
+    (folder / "config.json").write_text(json.dumps({"n_positions": CONTEXT}))
+    with pytest.raises(UserError, match="vocab_size"):
+        OpenVINOEngine.from_folder(folder)
+    with pytest.raises(UserError, match="threads is 0"):
+        OpenVINOEngine.from_folder(irs["fp32"], threads=0)
+
+
+def test_missing_openvino_is_one_line(irs: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert engine_module.import_openvino is openvino_export.import_openvino
+    monkeypatch.setitem(openvino_export.sys.modules, "openvino", None)
+    with pytest.raises(UserError, match="pip install openvino"):
+        OpenVINOEngine.from_folder(irs["fp32"])

@@ -1,0 +1,200 @@
+"""Fine-tuning: exact resumption, distillation, and a stop where numbers end."""
+
+import copy
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import Trainer, TrainerCallback
+
+from eval.errors import WorkError
+from pipeline.data import TokenBlocks
+from pipeline.model import CompactGPT2LMHeadModel, from_gpt2
+from pipeline.recipe import Distill, Finetune
+from pipeline.training import drop_checkpoints, last_checkpoint, train
+
+CHOICES = {"steps": 6, "batch_size": 2, "learning_rate": 1e-3, "save_steps": 2}
+
+
+@pytest.fixture
+def blocks() -> TokenBlocks:
+    """Nine blocks of 17 tokens with something to learn."""
+    rng = np.random.default_rng(2)
+    return TokenBlocks((rng.integers(1, 5, (9, 17)) * 7).astype(np.uint16))
+
+
+@pytest.fixture
+def student(make_gpt2: Callable[..., Any]) -> CompactGPT2LMHeadModel:
+    return from_gpt2(make_gpt2(5, n_layer=2))
+
+
+@pytest.fixture
+def teacher(make_gpt2: Callable[..., Any]) -> CompactGPT2LMHeadModel:
+    return from_gpt2(make_gpt2(6, n_layer=2)).half()
+
+
+def fit(
+    model: CompactGPT2LMHeadModel,
+    blocks: TokenBlocks,
+    folder: Path,
+    teacher: CompactGPT2LMHeadModel | None = None,
+    **changes: Any,
+) -> tuple[CompactGPT2LMHeadModel, list[dict[str, float]]]:
+    """A trained copy and its learning curve."""
+    model = copy.deepcopy(model)
+    choices = Finetune(**(CHOICES | changes))
+    return model, train(model, blocks, choices, folder, seed=3, device="cpu", teacher=copy.deepcopy(teacher))
+
+
+def same(a: torch.nn.Module, b: torch.nn.Module) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
+
+
+def test_it_learns_and_the_curve_says_so(student, blocks, tmp_path: Path) -> None:
+    trained, curve = fit(student, blocks, tmp_path / "a", steps=30, save_steps=30)
+    assert [point["step"] for point in curve] == list(range(1, 31))
+    assert curve[-1]["loss"] < 0.8 * curve[0]["loss"]
+    assert curve[-1]["rate"] < curve[10]["rate"]
+    assert all(parameter.dtype == torch.float32 for parameter in trained.parameters())
+
+
+def test_the_first_loss_is_the_untouched_models(student, blocks, tmp_path: Path, monkeypatch) -> None:
+    # One step over all blocks in FP32: the curve's point can be computed by hand.
+    monkeypatch.setattr("pipeline.hardware.autocast_dtype", lambda device: None)
+    student.config.resid_pdrop = student.config.embd_pdrop = student.config.attn_pdrop = 0.0
+    still = CompactGPT2LMHeadModel(student.config)
+    still.load_state_dict(student.state_dict())
+    _, curve = fit(still, blocks, tmp_path / "a", steps=1, batch_size=9)
+    ids = torch.from_numpy(blocks.tokens.astype(np.int64))
+    with torch.no_grad():
+        logits = still.eval()(ids).logits
+    by_hand = F.cross_entropy(logits[:, :-1].reshape(-1, logits.shape[-1]), ids[:, 1:].reshape(-1))
+    assert curve[0]["loss"] == pytest.approx(by_hand.item(), rel=1e-5)
+
+
+class Pulled(TrainerCallback):
+    """Ends the training right after a step's checkpoint was written, as a kill would."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_save(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("step", [2, 4])
+def test_resumed_training_is_bit_exact(step: int, student, blocks, tmp_path: Path, monkeypatch) -> None:
+    # Dropout is on, so the random state counts as well; the points of the curve span several steps.
+    changes = {"steps": 43, "save_steps": step}
+    whole, whole_curve = fit(student, blocks, tmp_path / "whole", **changes)
+    with monkeypatch.context() as patch:
+        original = Trainer.train
+
+        def pulled(self: Trainer, *args: Any, **kwargs: Any) -> Any:
+            self.add_callback(Pulled(5 * step))
+            return original(self, *args, **kwargs)
+
+        patch.setattr(Trainer, "train", pulled)
+        with pytest.raises(KeyboardInterrupt):
+            fit(student, blocks, tmp_path / "cut", **changes)
+    resumed, curve = fit(student, blocks, tmp_path / "cut", **changes)
+    assert same(whole, resumed)
+    assert curve == whole_curve
+
+
+def test_a_finished_training_is_not_repeated(student, blocks, tmp_path: Path) -> None:
+    whole, curve = fit(student, blocks, tmp_path / "a")
+    again, same_curve = fit(student, blocks, tmp_path / "a")
+    assert same(whole, again) and curve == same_curve
+
+
+def test_other_seeds_other_weights(student, blocks, tmp_path: Path) -> None:
+    made = []
+    for seed in (3, 3, 4):
+        model = copy.deepcopy(student)
+        folder = tmp_path / str(len(made))
+        train(model, blocks, Finetune(**CHOICES), folder, seed=seed, device="cpu")
+        made.append(model)
+    assert same(made[0], made[1]) and not same(made[0], made[2])
+
+
+def test_a_cut_off_checkpoint_is_not_used(student, blocks, tmp_path: Path) -> None:
+    whole, _ = fit(student, blocks, tmp_path / "a")
+    for name, text in (("checkpoint-8", None), ("checkpoint-10", ""), ("checkpoint-11", '{"epoch"')):
+        cut = tmp_path / "a" / name
+        shutil.copytree(tmp_path / "a" / "checkpoint-4", cut)
+        (cut / "trainer_state.json").unlink()
+        if text is not None:
+            (cut / "trainer_state.json").write_text(text)
+    assert last_checkpoint(tmp_path / "a") == str(tmp_path / "a" / "checkpoint-6")
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["checkpoint-4", "checkpoint-6"]
+    assert last_checkpoint(tmp_path / "nothing") is None
+    drop_checkpoints(tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+def test_nothing_of_a_teacher_without_weight(student, teacher, blocks, tmp_path: Path) -> None:
+    plain, plain_curve = fit(student, blocks, tmp_path / "a")
+    weightless, curve = fit(student, blocks, tmp_path / "b", teacher, distill=Distill(weight=0.0))
+    taught, taught_curve = fit(student, blocks, tmp_path / "c", teacher, distill=Distill(weight=0.5))
+    assert same(plain, weightless) and plain_curve == curve
+    assert not same(plain, taught) and plain_curve != taught_curve
+
+
+def test_a_teacher_alone_draws_the_student_to_itself(student, teacher, blocks, tmp_path: Path) -> None:
+    ids = torch.from_numpy(blocks.tokens.astype(np.int64))
+
+    @torch.no_grad()
+    def divergence(model: CompactGPT2LMHeadModel) -> float:
+        wanted, got = (F.log_softmax(each.eval().float()(ids).logits, -1) for each in (copy.deepcopy(teacher), model))
+        return (wanted.exp() * (wanted - got)).sum(-1).mean().item()
+
+    before = divergence(copy.deepcopy(student))
+    only = Distill(weight=1.0, temperature=1.0)
+    taught, curve = fit(student, blocks, tmp_path / "a", teacher, steps=40, save_steps=40, distill=only)
+    assert divergence(taught) < 0.7 * before
+    assert curve[-1]["loss"] < curve[0]["loss"]
+
+
+def test_the_distillation_loss_by_hand(student, teacher, blocks, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("pipeline.hardware.autocast_dtype", lambda device: None)
+    student.config.resid_pdrop = student.config.embd_pdrop = student.config.attn_pdrop = 0.0
+    still = CompactGPT2LMHeadModel(student.config)
+    still.load_state_dict(student.state_dict())
+    teacher = teacher.float()
+    temperature, weight = 2.5, 0.3
+    distill = Distill(temperature=temperature, weight=weight)
+    padded = TokenBlocks(blocks.tokens, lengths=[17, 5, 17, 9, 17, 17, 2, 17, 11])
+    # Three batches of three in one step: the mean must run over all their tokens.
+    _, curve = fit(still, padded, tmp_path / "a", teacher, steps=1, batch_size=3, accumulation=3, distill=distill)
+    hard = soft = count = 0.0
+    for index, length in enumerate(padded.lengths or []):
+        ids = torch.from_numpy(blocks.tokens[index].astype(np.int64))[None, :length]
+        with torch.no_grad():
+            mine, wanted = still.eval()(ids).logits[0, :-1].double(), teacher.eval()(ids).logits[0, :-1].double()
+        hard -= mine.log_softmax(-1).gather(1, ids[0, 1:, None]).sum().item()
+        p, q = (wanted / temperature).softmax(-1), (mine / temperature).softmax(-1)
+        soft += (p * (p.log() - q.log())).sum().item()
+        count += length - 1
+    expected = ((1 - weight) * hard + weight * temperature**2 * soft) / count
+    assert curve[0]["loss"] == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("steps", [1, 12])
+def test_a_training_that_diverges(steps: int, student, blocks, tmp_path: Path) -> None:
+    with pytest.raises(WorkError, match=r"finetune: .*; lower the learning rate and run again") as caught:
+        fit(student, blocks, tmp_path / "a", steps=steps, learning_rate=1e30)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_loss_that_is_no_number_at_once(student, blocks, tmp_path: Path) -> None:
+    with torch.no_grad():
+        student.transformer.h[1].mlp.c_fc.bias[3] = float("nan")
+    with pytest.raises(WorkError, match="loss is nan at step 1"):
+        fit(student, blocks, tmp_path / "a")
