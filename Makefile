@@ -1,5 +1,5 @@
 # `make demo` and `make test` do everything on a machine with Python 3.11 and make.
-PYTHON ?= python3
+PYTHON ?= $(shell command -v python3.11 || echo python3)
 VENV   := .venv
 BIN    := $(VENV)/bin
 RUN    := runs/demo
@@ -25,8 +25,11 @@ demo: $(VENV)/.ready  ## the whole chain on the embedded model: no network, no G
 test: $(VENV)/.ready-dev  ## the test suite (under 10 minutes on 2 cores)
 	$(BIN)/python -m pytest -q
 
-test-slow: $(VENV)/.ready-dev  ## the proofs that take minutes
+test-slow: $(VENV)/.ready-dev  ## the proofs that take minutes, full-size among them
 	$(BIN)/python -m pytest -q -m slow
+
+full-size: $(VENV)/.ready-dev  ## the chain on GPT-2 124M's shape, in under 16 GiB
+	$(BIN)/python -m pytest -q -m slow tests/test_full_size.py
 
 lint: $(VENV)/.ready-dev  ## ruff, ruff-format, mypy
 	$(BIN)/ruff check .
@@ -45,7 +48,8 @@ notebook: $(VENV)/.ready  ## run project.ipynb from top to bottom and keep its o
 	$(BIN)/python -m benchmarks.notebook project.ipynb
 
 tensorboard: $(VENV)/.ready  ## profile the demo's stages and open the traces
-	$(BIN)/python -m pipeline profile $(RUN)/finetune/model --out $(RUN)/traces
+	for model in load/model prune/model finetune/model quantize/ir_fp32 quantize/model; do \
+	    $(BIN)/python -m pipeline profile $(RUN)/$$model --out $(RUN)/traces || exit 1; done
 	$(BIN)/tensorboard --logdir $(RUN)/traces
 
 clean:  ## remove the virtual environment and caches; runs stay

@@ -2,7 +2,9 @@
 
 import argparse
 import ast
+import asyncio
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -47,8 +49,8 @@ def run_notebook(path: Path, out: Path | None = None, parameters: Mapping[str, A
     if parameters:
         set_parameters(notebook, parameters, path)
     out = out or path
-    if not out.parent.is_dir():
-        raise UserError(f"{out.parent}: no such folder; give --out in a folder that is there")
+    if not out.parent.is_dir() or out.is_dir():
+        raise UserError(f"--out {out}: give a file, in a folder that is there")
     _execute(notebook, path)
     _normalise(notebook)
     _write(out, nbformat.writes(notebook) + "\n")
@@ -91,11 +93,15 @@ def _read(path: Path) -> NotebookNode:
 
 
 def _execute(notebook: NotebookNode, path: Path) -> None:
-    total = len(notebook.cells)
+    at_work = "before the first cell"
 
-    def announce(cell: NotebookNode, cell_index: int) -> None:
+    def begin(cell: NotebookNode, cell_index: int) -> None:
+        nonlocal at_work
+        # nbclient's own handler ends in an assertion; without it Ctrl-C is a KeyboardInterrupt as anywhere.
+        asyncio.get_running_loop().remove_signal_handler(signal.SIGINT)
         if cell.cell_type == "code":
-            print(f"{path.name}: cell {cell_index + 1} of {total}: {_first_line(cell)}", file=sys.stderr, flush=True)
+            at_work = f"cell {cell_index + 1} of {len(notebook.cells)} ({_first_line(cell)})"
+            print(f"{path.name}: {at_work}", file=sys.stderr, flush=True)
 
     for cell in notebook.cells:
         if cell.cell_type == "code":
@@ -105,27 +111,17 @@ def _execute(notebook: NotebookNode, path: Path) -> None:
         timeout=None,
         resources={"metadata": {"path": str(ROOT)}},
         record_timing=False,
-        on_cell_start=announce,
+        on_cell_start=begin,
     )
     try:
         client.execute()
     except CellExecutionError as error:
         reason = (error.evalue.splitlines() or [""])[0]
-        raise WorkError(f"{path}: {_where(notebook)} failed: {error.ename}: {reason}") from error
+        raise WorkError(f"{path}: {at_work} failed: {error.ename}: {reason}") from error
     except DeadKernelError as error:
-        raise WorkError(
-            f"{path}: the kernel died in {_where(notebook)}; too little memory is the usual cause"
-        ) from error
+        raise WorkError(f"{path}: {at_work} failed: the kernel died; too little memory is the usual cause") from error
     except NoSuchKernel as error:
         raise UserError(f"{path}: asks for kernel {error.name!r}, which is not here; pip install ipykernel") from error
-
-
-def _where(notebook: NotebookNode) -> str:
-    """The cell that was at work: the first one with an error, else the last one that began."""
-    code = [(number, cell) for number, cell in enumerate(notebook.cells, 1) if cell.cell_type == "code"]
-    failed = [each for each in code if any(output.output_type == "error" for output in each[1].outputs)]
-    number, cell = failed[0] if failed else [each for each in code if each[1].execution_count or each is code[0]][-1]
-    return f"cell {number} ({_first_line(cell)})"
 
 
 def _first_line(cell: NotebookNode) -> str:
@@ -142,6 +138,19 @@ def _normalise(notebook: NotebookNode) -> None:
     )
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
+        if cell.cell_type == "code":
+            cell.outputs = _joined(cell.outputs)
+
+
+def _joined(outputs: list[NotebookNode]) -> list[NotebookNode]:
+    """Text that was flushed piece by piece, as one piece."""
+    joined: list[NotebookNode] = []
+    for output in outputs:
+        if output.output_type == "stream" and joined and joined[-1].output_type == "stream":
+            joined[-1].text += output.text
+        else:
+            joined.append(output)
+    return joined
 
 
 def _write(path: Path, text: str) -> None:

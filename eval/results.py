@@ -131,7 +131,11 @@ def save_results(results: Results, path: Path) -> None:
 
 def save_json(value: Any, path: Path) -> None:
     """Write plain data as JSON atomically; NaN and infinity are refused with `ValueError`."""
-    text = json.dumps(value, indent=1, allow_nan=False)
+    save_text(json.dumps(value, indent=1, allow_nan=False), path)
+
+
+def save_text(text: str, path: Path) -> None:
+    """Write a file atomically: a kill or a full disk leaves the old one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with temporary.open("w", encoding="utf-8") as file:

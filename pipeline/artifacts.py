@@ -44,7 +44,7 @@ class Manifest:
     fingerprint: str
     config: dict[str, Any]
     inputs: dict[str, str]
-    """Fingerprints of the stages it was made from."""
+    """The content (see `content`) of the stages it was made from."""
     texts: dict[str, str]
     """The sha256 of each text it read."""
     seed: int
@@ -56,6 +56,11 @@ class Manifest:
     versions: dict[str, str]
     git_commit: str | None
     date: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+
+    @property
+    def content(self) -> str:
+        """A hash of all its files: what a later stage or a measurement is made from."""
+        return fingerprint(self.files)
 
 
 def fingerprint(value: Any) -> str:
@@ -104,21 +109,27 @@ def git_commit() -> str | None:
         return None
 
 
+# What a full disk is called by safetensors and torch, which keep the system's error to themselves.
+_FULL = ("No space left", "quota exceeded", "PytorchStreamWriter failed", "iostream error", "unexpected pos")
+
+
 @contextlib.contextmanager
 def disk_errors(where: Path) -> Iterator[None]:
     """Turn a full or read-only disk below `where` into one clear line."""
     try:
         yield
     except Exception as error:
-        # safetensors and torch wrap the system's error, so its text must serve too.
         code, text = getattr(error, "errno", None), str(error)
-        if code in (errno.ENOSPC, errno.EDQUOT) or "No space left" in text or "quota exceeded" in text:
+        if code in (errno.ENOSPC, errno.EDQUOT) or any(words in text for words in _FULL):
             raise WorkError(
                 f"{where}: no space left on the disk; free some and run again, finished stages stay"
             ) from error
         if code in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR):
-            name = getattr(error, "filename", None) or where
-            raise UserError(f"{name}: {os.strerror(code)}; give an --out folder that you may write to") from error
+            name = Path(getattr(error, "filename", None) or where)
+            advice = (
+                "give an --out folder that you may write to" if name.is_relative_to(where) else "give a readable one"
+            )
+            raise UserError(f"{name}: {os.strerror(code)}; {advice}") from error
         raise
 
 

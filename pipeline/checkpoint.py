@@ -42,11 +42,15 @@ def load_model(folder: Path, dtype: torch.dtype | str = torch.float32) -> Compac
     except (SafetensorError, OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{folder}: damaged or incomplete checkpoint ({reason}); copy it again") from error
-    problems = [*info["missing_keys"], *info["mismatched_keys"]]
+    problems = sorted(map(str, (*info["missing_keys"], *info["mismatched_keys"])))
     if problems:
         raise UserError(
             f"{folder}: {problems[0]} is missing or of another shape; the checkpoint does not fit config.json"
         )
+    # Old files hold a constant of the causal mask as well.
+    surplus = sorted(key for key in info["unexpected_keys"] if not key.endswith("attn.masked_bias"))
+    if surplus:
+        raise UserError(f"{folder}: {surplus[0]} has no place in this model; the checkpoint does not fit config.json")
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             raise UserError(f"{folder}: {name} holds NaN or infinity; give an undamaged checkpoint")
@@ -80,5 +84,6 @@ def _config(folder: Path) -> dict[str, Any]:
 
 def save_model(model: CompactGPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """A folder in Hub format: safetensors, config, generation config, tokenizer."""
+    model.config.use_cache = True  # training switches it off
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -49,7 +49,9 @@ def run(
     recipe: RecipeName = None,
     out: Out = Path("runs/demo"),
     set: Set = None,
-    until: Annotated[str | None, typer.Option(help="Stop after this stage.")] = None,
+    until: Annotated[
+        str | None, typer.Option(help="Stop after this stage; it and those before it are measured.")
+    ] = None,
     force: Annotated[list[str] | None, typer.Option(help="Make this stage again although it is up to date.")] = None,
     as_json: Json = False,
 ) -> Any:
@@ -185,7 +187,7 @@ def bench(
     ],
     engine: Annotated[list[str] | None, typer.Option("--engine", help="One for each folder, or one for all.")] = None,
     prompt_tokens: Annotated[int, typer.Option(min=1)] = 128,
-    new_tokens: Annotated[int, typer.Option(min=1)] = 32,
+    new_tokens: Annotated[int, typer.Option(min=2)] = 32,
     batch: Annotated[int, typer.Option(min=1)] = 1,
     device: Device = None,
     precision: Precision = None,
@@ -214,7 +216,7 @@ def profile(
     out: Annotated[Path, typer.Option(help="The TensorBoard log folder.")] = Path("runs/profile"),
     engine: EngineName = None,
     prompt_tokens: Annotated[int, typer.Option(min=1)] = 128,
-    new_tokens: Annotated[int, typer.Option(min=1)] = 8,
+    new_tokens: Annotated[int, typer.Option(min=2)] = 8,
     device: Device = None,
     precision: Precision = None,
 ) -> Path:
@@ -227,9 +229,7 @@ def profile(
 
     loaded = load_engine(engine or default_engine(model), model, device=device, precision=precision)
     ids = encode(load_text("embedded:test")[: 40 * prompt_tokens], load_tokenizer(model))
-    folder = trace(
-        loaded, ids, out, name=model.parent.name or model.name, prompt_tokens=prompt_tokens, new_tokens=new_tokens
-    )
+    folder = trace(loaded, ids, out, name=_run_name(model), prompt_tokens=prompt_tokens, new_tokens=new_tokens)
     print(f"Traces: {folder}\nOpen:   tensorboard --logdir {out}   (or load the .json in https://ui.perfetto.dev)")
     return folder
 
@@ -238,18 +238,22 @@ def profile(
 def report(run_folder: Annotated[Path, typer.Argument(help="A run folder with results.json.")]) -> Path:
     """Draw figures and report again from results.json."""
     from eval.results import load_results
+    from pipeline.artifacts import disk_errors
     from pipeline.report import write_report
     from pipeline.runner import RESULTS
 
-    path = write_report(run_folder)
-    _print_table(load_results(run_folder / RESULTS))
+    results = load_results(run_folder / RESULTS)
+    with disk_errors(run_folder):
+        path = write_report(run_folder)
+    _print_table(results)
     print(f"\nReport: {path}")
     return path
 
 
 @app.command()
 def pretrain(
-    text: Annotated[list[Path], typer.Option(help="Training text (.txt or .txt.xz); repeat for more files.")],
+    text: Annotated[Path, typer.Option(help="Training text (.txt or .txt.xz); more files may follow.")],
+    more: Annotated[list[Path] | None, typer.Argument(metavar="[FILE]...", help="More training text.")] = None,
     recipe: Annotated[str, typer.Option(help="A preset (mini) or a .yaml file.")] = "mini",
     out: Annotated[Path, typer.Option(help="Checkpoints, curve and model; resumes what is there.")] = Path("runs/mini"),
     set: Set = None,
@@ -260,7 +264,7 @@ def pretrain(
     from pipeline.texts import load_text
 
     choices = load_recipe(Pretrain, recipe, set or [])
-    folder = train(choices, text, out, load_text(choices.validation))
+    folder = train(choices, [text, *(more or [])], out, load_text(choices.validation))
     print(f"Model: {folder}")
     return folder
 
@@ -291,12 +295,20 @@ def probe(
     import torch
 
     from eval.memory import exercise
-    from pipeline.engines import default_engine, load_engine
+    from pipeline.engines import default_engine, import_engine, load_engine
 
     name = engine or default_engine(model)
-    prompt = torch.arange(prompt_tokens).repeat(batch, 1)
+    import_engine(name)
+    vocab_size = json.loads((model / "config.json").read_text(encoding="utf-8"))["vocab_size"]
+    prompt = (torch.arange(prompt_tokens) % vocab_size).repeat(batch, 1)
     memory = exercise(lambda: load_engine(name, model, device=device, precision=precision), prompt, new_tokens)
     print(json.dumps(asdict(memory)))
+
+
+def _run_name(model: Path) -> str:
+    """What TensorBoard calls a profile: `prune` for prune/model, `quantize-ir_fp32` for quantize/ir_fp32."""
+    folder = model.resolve()
+    return folder.parent.name if folder.name == "model" else f"{folder.parent.name}-{folder.name}".strip("-")
 
 
 def _print_table(results: Any) -> None:
@@ -310,6 +322,7 @@ def main() -> None:
     # Libraries that chat or phone home are told not to, before any of them is imported.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "5")
     for chatty in ("torchao", "torch.utils._pytree"):
         logging.getLogger(chatty).setLevel(logging.ERROR)
     try:
@@ -320,6 +333,9 @@ def main() -> None:
     except WorkError as error:
         print(f"failed: {error}", file=sys.stderr)
         sys.exit(1)
+    except ModuleNotFoundError as error:
+        print(f"error: {error.name} is not installed; pip install -r requirements.txt", file=sys.stderr)
+        sys.exit(2)
     except SystemExit as end:
         if end.code == 130:  # what typer makes of Ctrl-C
             print("interrupted; run the same command to resume", file=sys.stderr)

@@ -72,9 +72,9 @@ def _gpu() -> tuple[bool, str]:
 
 
 def _openvino() -> tuple[bool, str]:
-    import openvino
+    from pipeline.openvino_export import import_openvino
 
-    devices = openvino.Core().available_devices
+    devices = import_openvino().Core().available_devices
     return "CPU" in devices, f"devices {', '.join(devices)}"
 
 

@@ -37,7 +37,19 @@ def gpu() -> dict[str, Any] | None:
         "memory": props.total_memory,
         "capability": f"{props.major}.{props.minor}",
         "cuda": torch.version.cuda,
+        "driver": _driver(),
     }
+
+
+def _driver() -> str | None:
+    """The GPU driver's version; `None` where NVML is not there to tell."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        return str(pynvml.nvmlSystemGetDriverVersion())
+    except Exception:  # no NVML library, or a container that hides it: not worth failing for
+        return None
 
 
 def why_no_gpu() -> str | None:

@@ -9,6 +9,7 @@ import dataclasses
 import json
 import re
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -255,7 +256,7 @@ def _run_inc(
     """Quantise `model` in place; int8 codes `[out, in]` and FP32 scales `[out, 1]` by layer name."""
     if method == "gptq" and not calibration:
         raise UserError("GPTQ needs calibration text: give calibration_dataset, or use method rtn")
-    with quiet(), _gptq_repaired(total) if method == "gptq" else contextlib.nullcontext():
+    with _inc_quiet(), _gptq_repaired(total) if method == "gptq" else contextlib.nullcontext():
         from neural_compressor.torch.algorithms.weight_only.modules import INCWeightOnlyLinear
         from neural_compressor.torch.quantization import convert, prepare
 
@@ -275,9 +276,19 @@ def _run_inc(
         }
 
 
+@contextlib.contextmanager
+def _inc_quiet() -> Iterator[None]:
+    """neural-compressor without its chatter, and its workspace in a temporary place, not the user's folder."""
+    with quiet(), tempfile.TemporaryDirectory(prefix="headroom-inc-") as folder:
+        from neural_compressor.common import set_workspace
+
+        set_workspace(folder)
+        yield
+
+
 def _rtn_codes(linear: nn.Linear) -> tuple[torch.Tensor, torch.Tensor]:
     """One layer's RTN codes and scales; the layer stays as it is."""
-    with quiet():
+    with _inc_quiet():
         from neural_compressor.torch.quantization import RTNConfig, convert, prepare
 
         # neural-compressor skips layers by the name lm_head, so this one goes under another.

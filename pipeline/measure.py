@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,20 +10,20 @@ from typing import Any
 import numpy as np
 
 from eval.engine import Engine
+from eval.errors import UserError
 from eval.latency import measure as measure_latency
 from eval.memory import memory_in_fresh_process
 from eval.perplexity import perplexity
 from eval.results import Latency, Memory, Quality, Row, latency_from, save_json
 from pipeline import hardware
-from pipeline.artifacts import RunFolder, fingerprint, tree_bytes, versions
+from pipeline.artifacts import Manifest, RunFolder, fingerprint, tree_bytes, versions
 from pipeline.checkpoint import load_tokenizer
 from pipeline.data import encode, sha256_text
 from pipeline.engines import load_engine
-from pipeline.recipe import Recipe
+from pipeline.recipe import Measure, Recipe
 from pipeline.texts import load_text
 
 VERSION = 1
-_CONTROLS = {"control-finetune": "dense, fine-tuned alike", "control-random": "heads dropped at random"}
 
 
 @dataclass(frozen=True)
@@ -82,20 +82,36 @@ def subjects(stages: Sequence[str]) -> list[Subject]:
     return [row for stage, found in rows.items() if stage in stages for row in found]
 
 
+def check_lengths(choices: Measure, context: int) -> None:
+    """Raise `UserError` where the recipe's lengths do not fit a model of `context` positions.
+
+    The measurements would find it out as well, but only after all the work.
+    """
+    window = choices.context or context
+    written = choices.prompt_tokens + choices.new_tokens
+    if not 2 <= window <= context:
+        raise UserError(f"measure.context is {window}; give 2 to {context}, this model's limit")
+    if choices.stride is not None and choices.stride > window:
+        raise UserError(f"measure.stride is {choices.stride}; give 1 to {window}, the context")
+    if (choices.latency or choices.memory) and written > context:
+        raise UserError(f"measure.prompt_tokens + new_tokens are {written}; this model takes at most {context}")
+
+
 class Measurer:
     """Measures the rows of one run folder; what was measured before and has not changed is kept."""
 
-    def __init__(self, run: RunFolder, recipe: Recipe, fingerprints: dict[str, str]):
+    def __init__(self, run: RunFolder, recipe: Recipe, manifests: Mapping[str, Manifest]):
+        """`manifests` are those of the finished stages to be measured, verified."""
         self.run, self.recipe, self.choices = run, recipe, recipe.measure
-        self.fingerprints = fingerprints
+        self.manifests = manifests
         self.folder = run.path / "measurements"
         self._text: tuple[np.ndarray, str] | None = None
         machine = {"cpu": hardware.cpu(), "gpu": hardware.gpu()}
         self.circumstances = [VERSION, machine, versions(), recipe.data.evaluation, self.choices.model_dump()]
 
-    def rows(self, stages: Sequence[str], *, latency: bool = True) -> list[Row]:
-        """All rows of the finished `stages`. Without `latency`, only quality is measured."""
-        found = subjects(stages)
+    def rows(self, *, latency: bool = True) -> list[Row]:
+        """All rows of the finished stages. Without `latency`, only quality is measured."""
+        found = subjects(list(self.manifests))
         live = [subject for subject in found if subject.skipped is None]
         timed = [subject for subject in live if subject.timed] if latency else []
         qualities = {subject.key: self._quality(subject) for subject in live}
@@ -105,8 +121,7 @@ class Measurer:
         for subject in found:
             row = Row(subject.stage, subject.engine, subject.device, subject.precision, subject.role)
             row.skipped = subject.skipped
-            details = self.run.verify(subject.stage).details
-            row.parameters = details.get("parameters")
+            row.parameters = self.manifests[subject.stage].details["parameters"]
             row.bytes_on_disk = self._bytes(subject)
             if subject.skipped is None:
                 row.compute, row.quality = qualities[subject.key]
@@ -127,7 +142,9 @@ class Measurer:
 
     def _kept(self, kind: str, subjects: Sequence[Subject], make: Callable[[], Any]) -> Any:
         """The stored measurement of these subjects under these circumstances, or a new one."""
-        mark = fingerprint([kind, self.circumstances, [[s.key, self.fingerprints[s.stage]] for s in subjects]])
+        mark = fingerprint(
+            [kind, self.circumstances, self.text()[1], [[s.key, self.manifests[s.stage].content] for s in subjects]]
+        )
         name = subjects[0].key.replace("/", "-").replace(":", "") if len(subjects) == 1 else subjects[0].device[:4]
         path = self.folder / f"{kind}-{name}.json"
         if path.exists():

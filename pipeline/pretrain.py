@@ -13,13 +13,13 @@ from transformers import PreTrainedTokenizerFast, Trainer, set_seed
 from eval.errors import UserError
 from eval.results import save_json
 from pipeline import hardware
-from pipeline.artifacts import RunFolder, disk_errors, replace_folder
+from pipeline.artifacts import RunFolder, disk_errors, replace_folder, sha256_file
 from pipeline.checkpoint import save_model
 from pipeline.data import TokenBlocks, encode_many, read_text, tokenize_dataset
 from pipeline.model import CompactGPT2Config, CompactGPT2LMHeadModel
 from pipeline.optim import MuonAdamW, pretraining_groups
 from pipeline.recipe import Pretrain
-from pipeline.training import arguments, run
+from pipeline.training import arguments, collate, run
 from pipeline.wikitext import DOCUMENT_MARK, styled_documents
 
 
@@ -90,6 +90,7 @@ def _pretrain(recipe: Pretrain, files: Sequence[Path], out: Path, validation_tex
             logging_steps=recipe.log_steps,
         ),
         train_dataset=blocks,
+        data_collator=collate,
         eval_dataset=validation,
         optimizers=(optimizer, None),
     )
@@ -103,7 +104,8 @@ def _pretrain(recipe: Pretrain, files: Sequence[Path], out: Path, validation_tex
 def _same_choices(recipe: Pretrain, files: Sequence[Path], out: Path) -> None:
     """Refuse to mix two trainings in one folder; the length of the schedule may change."""
     lengths = {"steps", "decay_steps", "save_steps", "eval_steps", "log_steps"}
-    choices = recipe.model_dump(mode="json", exclude=lengths) | {"files": [path.name for path in files]}
+    texts = {path.name: sha256_file(path) for path in files}
+    choices = recipe.model_dump(mode="json", exclude=lengths) | {"files": texts}
     path = out / "pretrain.json"
     try:
         begun = json.loads(path.read_text(encoding="utf-8")) if path.exists() else choices
@@ -144,6 +146,7 @@ def _tokenizer(recipe: Pretrain, files: Sequence[Path], out: Path) -> PreTrained
             _limited(_documents(recipe, files), recipe.tokenizer_bytes),
             vocab_size=recipe.model.vocab_size,
             special_tokens=[DOCUMENT_MARK],
+            show_progress=False,  # it would go to stdout
             length=None,
         )
         if bpe.get_vocab_size() != recipe.model.vocab_size:

@@ -22,7 +22,7 @@ class Strict(BaseModel):
 
 
 class Data(Strict):
-    """Where the texts come from: `embedded:train|valid|test`, `hub:DATASET/CONFIG:SPLIT`, or a file."""
+    """Where the texts come from: `embedded:train|valid|test`, `hub:DATASET[@CONFIG]:SPLIT`, or a file."""
 
     train: str = "embedded:train"
     calibration: str = "embedded:valid"
@@ -45,7 +45,7 @@ class Prune(Strict):
     scores: Literal["taylor", "magnitude", "activation", "random"] = "taylor"
     compensate: bool = False
     calibration_blocks: Positive = 32
-    block_size: Positive = 256
+    block_size: Annotated[int, Field(ge=2)] = 256
 
 
 class Distill(Strict):
@@ -60,7 +60,7 @@ class Finetune(Strict):
 
     epochs: Annotated[int, Field(ge=1, le=5)] = 1
     steps: Positive | None = None
-    block_size: Positive = 256
+    block_size: Annotated[int, Field(ge=2)] = 256
     batch_size: Positive = 8
     accumulation: Positive = 1
     learning_rate: Annotated[float, Field(gt=0)] = 5e-5
@@ -76,7 +76,7 @@ class Quantize(Strict):
     method: Literal["rtn", "gptq"] = "rtn"
     ignore: list[str] = []
     calibration_samples: Positive = 32
-    block_size: Positive = 256
+    block_size: Annotated[int, Field(ge=2)] = 256
 
 
 class Controls(Strict):
@@ -93,7 +93,7 @@ class Measure(Strict):
     context: Positive | None = None
     stride: Positive | None = None
     prompt_tokens: Positive = 128
-    new_tokens: Positive = 32
+    new_tokens: Annotated[int, Field(ge=2)] = 32
     batch: Positive = 1
     min_count: Positive = 10
     min_seconds: Annotated[float, Field(ge=0)] = 2.0

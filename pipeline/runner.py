@@ -9,11 +9,12 @@ from pathlib import Path
 import yaml
 
 from eval.errors import UserError
-from eval.results import CurvePoint, Heads, Results, save_results
+from eval.results import CurvePoint, Heads, Results, save_results, save_text
 from pipeline import hardware
 from pipeline.artifacts import RunFolder, disk_errors, fingerprint, git_commit, versions
 from pipeline.data import sha256_text
-from pipeline.measure import Measurer
+from pipeline.measure import Measurer, check_lengths
+from pipeline.model import CompactGPT2Config
 from pipeline.recipe import Recipe
 from pipeline.report import write_report
 from pipeline.stages import BY_NAME, STAGES, Job, Stage
@@ -31,7 +32,6 @@ class Runner:
         self.run = RunFolder(out)
         self.device = hardware.default_device()
         self._digests: dict[str, str] = {}
-        self._fingerprints: dict[str, str] = {}
 
     def execute(self, *, until: str | None = None, force: Sequence[str] = ()) -> Results:
         """Make all stages (up to `until`), measure them side by side, write results and report."""
@@ -40,10 +40,13 @@ class Runner:
             if name not in BY_NAME:
                 raise UserError(f"--force {name}: no such stage; give one of {', '.join(BY_NAME)}")
         with self.run.locked(), disk_errors(self.run.path):
-            self._keep_recipe()
             self._check_texts(wanted)
+            self._keep_recipe()
             for stage in wanted:
                 self._bring_up_to_date(stage, stage.name in force)
+                if stage.name == "load":
+                    config = CompactGPT2Config.from_pretrained(self.run.stage("load") / "model")
+                    check_lengths(self.recipe.measure, config.n_positions)
             results = self._results([stage.name for stage in wanted], latency=True)
             save_results(results, self.run.path / RESULTS)
             write_report(self.run.path)
@@ -56,17 +59,15 @@ class Runner:
             self._stage_with_others(stage)
             return Results(run={}, rows=[])
         with self.run.locked(), disk_errors(self.run.path):
-            self._keep_recipe()
             self._check_texts([stage])
-            if stage.after is not None:
-                self._require(stage.after)
+            self._require(stage)
+            self._keep_recipe()
             self._bring_up_to_date(stage, force)
             return self._results([name], latency=False)
 
     def _results(self, stages: Sequence[str], *, latency: bool) -> Results:
         """Rows, heads and curves of finished stages."""
         manifests = {name: self.run.verify(name) for name in stages}
-        fingerprints = {name: manifest.fingerprint for name, manifest in manifests.items()}
         return Results(
             run={
                 "name": self.recipe.name,
@@ -78,7 +79,7 @@ class Runner:
                 "seconds": {name: manifest.seconds for name, manifest in manifests.items()},
                 "command": f"python -m pipeline {shlex.join(sys.argv[1:])}",
             },
-            rows=Measurer(self.run, self.recipe, fingerprints).rows(stages, latency=latency),
+            rows=Measurer(self.run, self.recipe, manifests).rows(latency=latency),
             heads={
                 name: Heads(**{key: manifest.details[key] for key in ("method", "scope", "scores", "kept")})
                 for name, manifest in manifests.items()
@@ -92,31 +93,43 @@ class Runner:
         )
 
     def _plan(self, until: str | None) -> list[Stage]:
-        """The wanted stages in order; with `until`, only those that it stands on."""
-        if until is None:
-            return [stage for stage in STAGES if stage.wanted(self.recipe)]
-        if until not in BY_NAME:
+        """The wanted stages in order; with `until`, up to that one."""
+        if until is not None and until not in BY_NAME:
             raise UserError(f"--until {until}: no such stage; give one of {', '.join(BY_NAME)}")
-        chain: list[Stage] = []
-        name: str | None = until
-        while name is not None:
-            chain.insert(0, BY_NAME[name])
-            name = BY_NAME[name].after
-        return chain
+        last = len(STAGES) if until is None else STAGES.index(BY_NAME[until]) + 1
+        return [stage for stage in STAGES[:last] if stage.wanted(self.recipe) or stage.name == until]
 
     def fingerprint(self, stage: Stage) -> str:
-        """What decides a stage's content: its recipe part, texts, seed, code version, and its input's fingerprint."""
-        if stage.name not in self._fingerprints:
-            self._fingerprints[stage.name] = fingerprint(
-                {
-                    "stage": stage.name,
-                    "version": stage.version,
-                    "config": stage.config(self.recipe),
-                    "texts": {source: self._digest(source) for source in stage.reads(self.recipe)},
-                    "after": self.fingerprint(BY_NAME[stage.after]) if stage.after else None,
-                }
-            )
-        return self._fingerprints[stage.name]
+        """What decides a stage's content: its recipe part, texts, code version, and the content of its input.
+
+        The input's content, not its fingerprint: made again elsewhere, on a GPU say, a stage may differ.
+        """
+        return fingerprint(
+            {
+                "stage": stage.name,
+                "version": stage.version,
+                "config": stage.config(self.recipe),
+                "texts": self._texts(stage),
+                "inputs": self._inputs(stage),
+            }
+        )
+
+    def _inputs(self, stage: Stage) -> dict[str, str]:
+        """The content of the stages it is made from. Raises `UserError` if one is not there."""
+        found = {}
+        for name in (*([stage.after] if stage.after else []), *stage.consults(self.recipe)):
+            manifest = self.run.manifest(name)
+            if manifest is None:
+                raise UserError(f"{self.run.stage(name)}: no such stage; {self._how_to_make(name)}")
+            found[name] = manifest.content
+        return found
+
+    def _texts(self, stage: Stage) -> dict[str, str]:
+        """The sha256 of each text it reads."""
+        return {source: self._digest(source) for source in stage.reads(self.recipe)}
+
+    def _how_to_make(self, name: str) -> str:
+        return f"run: python -m pipeline {name} --out {self.run.path}"
 
     def _digest(self, source: str) -> str:
         if source not in self._digests:
@@ -132,17 +145,16 @@ class Runner:
                 refuse_overlap(source, load_text(source), evaluation)
 
     def _keep_recipe(self) -> None:
-        text = yaml.safe_dump(self.recipe.model_dump(mode="json"), sort_keys=False)
-        (self.run.path / "recipe.yaml").write_text(text, encoding="utf-8")
+        save_text(yaml.safe_dump(self.recipe.model_dump(mode="json"), sort_keys=False), self.run.path / "recipe.yaml")
 
-    def _require(self, name: str) -> None:
-        """Check that an input stage is there, whole, and made by this recipe."""
-        manifest = self.run.verify(name)
-        if manifest.fingerprint != self.fingerprint(BY_NAME[name]):
-            raise UserError(
-                f"{self.run.stage(name)}: made with other choices than the recipe's; "
-                f"run: python -m pipeline {name} --out {self.run.path}"
-            )
+    def _require(self, stage: Stage) -> None:
+        """Check that what a stage is made from is there, whole, and made by this recipe."""
+        for name in self._inputs(stage):
+            manifest = self.run.verify(name)
+            if manifest.fingerprint != self.fingerprint(BY_NAME[name]):
+                raise UserError(
+                    f"{self.run.stage(name)}: made with other choices than the recipe's; {self._how_to_make(name)}"
+                )
 
     def _bring_up_to_date(self, stage: Stage, force: bool) -> None:
         mark = self.fingerprint(stage)
@@ -157,8 +169,8 @@ class Runner:
             mark,
             lambda folder: stage.build(self._job(stage, folder)),
             config=stage.config(self.recipe),
-            inputs={stage.after: self.fingerprint(BY_NAME[stage.after])} if stage.after else {},
-            texts={source: self._digest(source) for source in stage.reads(self.recipe)},
+            inputs=self._inputs(stage),
+            texts=self._texts(stage),
             seed=self.recipe.seed,
             machine={"cpu": hardware.cpu(), "gpu": hardware.gpu()},
         )
@@ -178,7 +190,8 @@ class Runner:
         if is_main_process():
             with self.run.locked(), disk_errors(self.run.path):
                 self._check_texts([stage])
-                self._require(stage.after or "")
+                self._require(stage)
+                self._keep_recipe()
                 self.run.partial(stage.name, self.fingerprint(stage))
                 state.wait_for_everyone()
                 self._bring_up_to_date(stage, force=True)

@@ -9,13 +9,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_model as load_weights
 from torch.nn import functional as F
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import (
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+    default_data_collator,
+    set_seed,
+)
 from transformers.trainer import TRAINER_STATE_NAME
 
 from eval.errors import WorkError
 from pipeline import hardware
-from pipeline.data import TokenBlocks
+from pipeline.data import IGNORE, TokenBlocks
 from pipeline.model import CompactGPT2LMHeadModel
 from pipeline.recipe import Distill, Finetune
 
@@ -37,7 +47,7 @@ def arguments(folder: Path, device: str, seed: int, **choices: Any) -> TrainingA
     """
     dtype = hardware.autocast_dtype(device)
     on_cpu = device == "cpu"
-    return TrainingArguments(
+    args = TrainingArguments(
         output_dir=str(folder),
         bf16=dtype is torch.bfloat16,
         fp16=dtype is torch.float16,
@@ -54,6 +64,10 @@ def arguments(folder: Path, device: str, seed: int, **choices: Any) -> TrainingA
         remove_unused_columns=False,
         **choices,
     )
+    # Several GPUs take torchrun; without it the trainer would silently split batches over all that it sees.
+    if args.n_gpu > 1:
+        args._n_gpu = 1
+    return args
 
 
 class Watch(TrainerCallback):
@@ -62,11 +76,11 @@ class Watch(TrainerCallback):
     def __init__(self, name: str):
         self.name = name
 
-    def on_step_end(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
+    def on_step_end(self, args, state, control, **kwargs):
         # What was not yet logged is not in a checkpoint: a resumed training would log another mean.
         control.should_log = control.should_log or control.should_save
 
-    def on_log(self, args, state, control, logs=None, **kwargs):  # type: ignore[no-untyped-def]
+    def on_log(self, args, state, control, logs=None, **kwargs):
         logs = logs or {}
         for key in ("loss", "eval_loss"):
             if key in logs and not math.isfinite(logs[key]):
@@ -86,7 +100,7 @@ class DistillingTrainer(Trainer):
         self.teacher = teacher.to(self.args.device).eval().requires_grad_(False)
         self.distill = distill
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):  # type: ignore[no-untyped-def]
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         hard, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         with torch.no_grad():
             target = self.teacher(input_ids=inputs["input_ids"], attention_mask=inputs.get("attention_mask")).logits
@@ -99,14 +113,22 @@ class DistillingTrainer(Trainer):
             log_target=True,
             reduction="sum",
         )
-        # The hard loss is a mean over the tokens of all accumulated batches; the soft one must be, too.
-        tokens = num_items_in_batch if num_items_in_batch is not None else scored.sum()
+        # The hard loss is a mean over the tokens of all accumulated batches and processes, whose gradients
+        # are then averaged; the soft one must be, too.
+        tokens = scored.sum() if num_items_in_batch is None else num_items_in_batch / world_size()
         loss = (1 - weight) * hard + weight * temperature**2 * soft / tokens
         return (loss, outputs) if return_outputs else loss
 
 
 def _diverged(name: str, what: str) -> WorkError:
     return WorkError(f"{name}: {what}; lower the learning rate and run again")
+
+
+def collate(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """A batch whose first labels do not count: nothing predicts them, but the trainer divides by all that do."""
+    batch = default_data_collator(rows)
+    batch["labels"][:, 0] = IGNORE
+    return batch
 
 
 def last_checkpoint(folder: Path) -> str | None:
@@ -139,7 +161,15 @@ def run(trainer: Trainer, name: str) -> list[dict[str, float]]:
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(Watch(name))
-    trainer.train(resume_from_checkpoint=last_checkpoint(Path(trainer.args.output_dir)))
+    last = last_checkpoint(Path(trainer.args.output_dir))
+    state = TrainerState.load_from_json(f"{last}/{TRAINER_STATE_NAME}") if last else TrainerState()
+    wanted = trainer.args.max_steps if trainer.args.max_steps > 0 else state.max_steps
+    if last is not None and state.global_step >= wanted:
+        # Resumed at its end, the trainer would take one step too many.
+        load_weights(trainer.model, Path(last) / "model.safetensors")
+        trainer.state = state
+    else:
+        trainer.train(resume_from_checkpoint=last)
     # The last step's update comes after the last loss.
     for key, weight in trainer.model.named_parameters():
         if not torch.isfinite(weight).all():
@@ -185,4 +215,5 @@ def train(
     extra: dict[str, Any] = {}
     if teacher is not None and choices.distill is not None:
         kind, extra = DistillingTrainer, {"teacher": teacher, "distill": choices.distill}
-    return run(kind(model=model.float(), args=args, train_dataset=blocks, **extra), "finetune")
+    trainer = kind(model=model.float(), args=args, train_dataset=blocks, data_collator=collate, **extra)
+    return run(trainer, "finetune")

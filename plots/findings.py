@@ -1,5 +1,6 @@
 """What the rows say, in sentences: gains, costs, what did not help, and what to keep in mind. All from the data."""
 
+import dataclasses
 from collections import Counter
 from collections.abc import Callable
 
@@ -170,7 +171,9 @@ def _before(results: Results, row: Row) -> Row | None:
 
 
 def _unpruned(results: Results, row: Row) -> Row | None:
-    """The dense model timed on the same engine, device and precision."""
+    """The dense model timed on the same engine, device and arithmetic."""
+    if row.engine == "torch" and kind(row) == "CPU":  # which computes FP16 weights in FP32
+        row = dataclasses.replace(row, precision="fp32")
     return twin(results, row, "load", lambda r: r.latency) or twin(results, row, "half", lambda r: r.latency)
 
 

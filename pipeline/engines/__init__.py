@@ -1,5 +1,6 @@
 """The ways to run a checkpoint, behind one protocol (`eval.engine.Engine`)."""
 
+import importlib
 from pathlib import Path
 
 from eval.engine import Engine
@@ -25,6 +26,15 @@ def load_engine(name: str, folder: Path, *, device: str | None = None, precision
             raise UserError(f"engine openvino runs on the CPU here; leave out the device {device}")
         return OpenVINOEngine.from_folder(folder, precision=precision)
     raise UserError(f"engine {name!r}: unknown; give one of {', '.join(ENGINES)}")
+
+
+def import_engine(name: str) -> None:
+    """Import what an engine needs, so that its libraries are not charged to the first model it loads."""
+    if name == "openvino":
+        from pipeline.openvino_export import import_openvino
+
+        import_openvino()
+    importlib.import_module(f"pipeline.engines.{name}")
 
 
 def default_engine(folder: Path) -> str:

@@ -1,6 +1,7 @@
 """Run an exported IR on the CPU with OpenVINO itself: no optimum, no transformers in the loop."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
@@ -33,12 +34,27 @@ class OpenVINOEngine:
     name = "openvino"
     device = "cpu"
 
-    def __init__(self, compiled: Any, *, precision: str, context: int, vocab_size: int):
+    def __init__(
+        self,
+        compile_ir: Callable[[bool, bool], Any],
+        *,
+        precision: str,
+        context: int,
+        vocab_size: int,
+        counting: bool = False,
+    ):
+        """`compile_ir(last_only, counting)` compiles the IR.
+
+        `last_only`: logits of the last position alone; `counting`: with the time of each node.
+        """
         self.precision = precision
         self.context = context
         self.vocab_size = vocab_size
+        self._compile = compile_ir
+        compiled = compile_ir(True, counting)
         self.compute = ", ".join(f"{key}={_text(compiled.get_property(key))}" for key in _STATED)
         self._request = compiled.create_infer_request()
+        self._all_positions: Any = None
         self._past = 0
 
     @classmethod
@@ -69,50 +85,73 @@ class OpenVINOEngine:
             held = _held_precision(core.read_model(xml))
             precision = precision or held
             _check_fits(folder, held, precision)
-            compiled = core.compile_model(xml, "CPU", {**options, **_HINTS[precision]})
+            hints = {**options, **_HINTS[precision]}
+
+            def compile_ir(last_only: bool, counting: bool) -> Any:
+                ir = core.read_model(xml)
+                properties = {**hints, "PERF_COUNT": "YES" if counting else "NO"}
+                return core.compile_model(_last_position_only(ir) if last_only else ir, "CPU", properties)
+
+            return cls(compile_ir, precision=precision, context=config["n_positions"], vocab_size=config["vocab_size"])
         except RuntimeError as error:
             reason = next((line for line in reversed(str(error).splitlines()) if line.strip()), "no reason given")
             raise UserError(f"{xml}: damaged IR ({reason.strip()}); export the model again") from error
-        return cls(compiled, precision=precision, context=config["n_positions"], vocab_size=config["vocab_size"])
 
     def logits(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Logits of all positions, past forgotten before. `[batch, length]` int64 -> `[batch, length, vocab]` FP32.
 
         Raises `UserError` where the sequence is longer than the context.
         """
-        self._reset()
-        return torch.from_numpy(self._run(input_ids).copy())
+        if self._all_positions is None:
+            self._all_positions = self._compile(False, False).create_infer_request()
+        self._all_positions.reset_state()
+        return torch.from_numpy(self._infer(self._all_positions, input_ids, past=0).copy())
 
     def prefill(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Forget the past, read a prompt. `[batch, length]` int64 -> the next token's logits `[batch, vocab]` FP32.
 
         Raises `UserError` where the prompt is longer than the context.
         """
-        self._reset()
-        return torch.from_numpy(self._run(input_ids)[:, -1].copy())
+        self._request.reset_state()
+        self._past = 0
+        return self._step(input_ids)
 
     def decode(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Append one token a sequence. `[batch]` int64 -> `[batch, vocab]` FP32.
 
         Raises `UserError` where the context is full.
         """
-        return torch.from_numpy(self._run(token_ids.unsqueeze(1))[:, -1].copy())
+        return self._step(token_ids.unsqueeze(1))
+
+    def for_profiling(self) -> Self:
+        """The same engine, compiled to count the time of each node; slower, so not for latencies."""
+        return type(self)(
+            self._compile, precision=self.precision, context=self.context, vocab_size=self.vocab_size, counting=True
+        )
+
+    def operator_times(self) -> list[tuple[str, str, float]]:
+        """Node name, kind with the kernel that ran, and milliseconds, of the last prefill or decode."""
+        return [
+            (node.node_name, f"{node.node_type} {node.exec_type}", 1000 * node.real_time.total_seconds())
+            for node in self._request.profiling_info
+        ]
 
     def synchronize(self) -> None:
         """Nothing to wait for: `infer` returns when it is done."""
 
-    def _reset(self) -> None:
-        self._request.reset_state()
-        self._past = 0
+    def _step(self, input_ids: torch.Tensor) -> torch.Tensor:
+        logits = self._infer(self._request, input_ids, self._past)
+        self._past += input_ids.shape[1]
+        return torch.from_numpy(logits[:, -1].copy())
 
-    def _run(self, input_ids: torch.Tensor) -> np.ndarray:
-        """Logits `[batch, length, vocab]` in the request's own memory, valid until the next run."""
+    def _infer(self, request: Any, input_ids: torch.Tensor, past: int) -> np.ndarray:
+        """Logits `[batch, length or 1, vocab]` in the request's own memory, valid until the next run."""
         batch, length = input_ids.shape
-        total = self._past + length
+        total = past + length
         if total > self.context:
             raise UserError(f"the sequence would have {total} tokens, the model's context is {self.context}")
-        positions = np.arange(self._past, total, dtype=np.int64)
-        self._request.infer(
+        positions = np.arange(past, total, dtype=np.int64)
+        request.infer(
             {
                 "input_ids": np.ascontiguousarray(input_ids.numpy()),
                 "attention_mask": np.ones((batch, total), dtype=np.int64),
@@ -121,8 +160,21 @@ class OpenVINOEngine:
             },
             share_inputs=True,
         )
-        self._past = total
-        return self._request.get_output_tensor(0).data
+        return request.get_output_tensor(0).data
+
+
+def _last_position_only(ir: Any) -> Any:
+    """The IR with the LM head applied to the last position alone: a prompt needs no other logits."""
+    from openvino import opset13 as ops
+
+    head = ir.output(0).get_node().input_value(0).get_node()
+    while head.get_type_name() != "MatMul":
+        head = head.input_value(0).get_node()
+    hidden = head.input_value(0)
+    last = ops.slice(hidden, start=[-1], stop=[np.iinfo(np.int64).max], step=[1], axes=[1])
+    head.input(0).replace_source_output(last.output(0))
+    ir.validate_nodes_and_infer_types()
+    return ir
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

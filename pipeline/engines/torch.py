@@ -33,7 +33,7 @@ class TorchEngine:
         label = {torch.float32: "FP32", torch.float16: "FP16", torch.bfloat16: "BF16"}
         self.compute = f"{label[weights]} weights, {label[arithmetic]} arithmetic, eager, SDPA"
         if on_cpu:
-            self.compute += f", {torch.get_num_threads()} threads"
+            self.compute += f", threads {torch.get_num_threads()}"
         self.context = model.config.n_positions
         self.vocab_size = model.config.vocab_size
         self.cache = DynamicCache()
@@ -47,8 +47,10 @@ class TorchEngine:
         device = device or hardware.default_device()
         if precision is not None and precision not in _DTYPES:
             raise UserError(f"engine torch: precision {precision!r}; give one of {', '.join(_DTYPES)}")
-        if device.startswith("cuda") and not torch.cuda.is_available():
-            raise UserError(f"device {device}: {hardware.why_no_gpu()}; leave it out to run on the CPU")
+        there = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+        if device not in there and not (device == "cuda" and len(there) > 1):
+            why = hardware.why_no_gpu() or "not on this machine"
+            raise UserError(f"device {device}: {why}; give {' or '.join(there)}, or leave it out")
         if precision is None:
             stored = load_model(folder, "auto")
             precision = next(name for name, dtype in _DTYPES.items() if dtype == stored.dtype)

@@ -1,6 +1,6 @@
 """The configuration of CompactGPT2: GPT-2's, plus which heads each layer kept."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
@@ -29,9 +29,6 @@ class CompactGPT2Config(PreTrainedConfig):
     n_embd: int = 768
     n_layer: int = 12
     n_head: int = 12
-    head_dim: int | None = None
-    n_inner: int | None = None
-    kept_heads: list[list[int]] | None = None
     activation_function: str = "gelu_new"
     resid_pdrop: float | int = 0.1
     embd_pdrop: float | int = 0.1
@@ -43,6 +40,14 @@ class CompactGPT2Config(PreTrainedConfig):
     eos_token_id: int | list[int] | None = 50256
     pad_token_id: int | None = None
     tie_word_embeddings: bool = True
+    if TYPE_CHECKING:  # None when left out, but always set once the configuration is made
+        head_dim: int
+        n_inner: int
+        kept_heads: list[list[int]]
+    else:
+        head_dim: int | None = None
+        n_inner: int | None = None
+        kept_heads: list[list[int]] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.head_dim is None:
@@ -65,7 +70,6 @@ class CompactGPT2Config(PreTrainedConfig):
     @property
     def pruned(self) -> bool:
         """Whether any layer has lost a head."""
-        assert self.kept_heads is not None
         return any(len(heads) < self.n_head for heads in self.kept_heads)
 
 

@@ -17,10 +17,8 @@ def slice_heads(model: CompactGPT2LMHeadModel, kept_heads: Sequence[Sequence[int
     Raises `ValueError` if a head to keep is no longer there.
     """
     old = model.config
-    assert old.kept_heads is not None and old.head_dim is not None
     fields = old.to_dict() | {"kept_heads": [sorted(heads) for heads in kept_heads]}
     pruned = CompactGPT2LMHeadModel(CompactGPT2Config.from_dict(fields)).to(model.device, model.dtype)
-    assert pruned.config.kept_heads is not None
     state = dict(model.state_dict())
     del state["lm_head.weight"]
     for layer, (had, keeps) in enumerate(zip(old.kept_heads, pruned.config.kept_heads, strict=True)):

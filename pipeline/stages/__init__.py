@@ -23,10 +23,16 @@ class Stage:
     wanted: Callable[[Recipe], bool] = lambda recipe: True
     reads: Callable[[Recipe], tuple[str, ...]] = lambda recipe: ()
     """The sources of the texts it reads."""
+    consults: Callable[[Recipe], tuple[str, ...]] = lambda recipe: ()
+    """Other stages it reads."""
 
 
 def _calibration(recipe: Recipe) -> tuple[str, ...]:
     return (recipe.data.calibration,)
+
+
+def _teacher(recipe: Recipe) -> tuple[str, ...]:
+    return ("half",) if recipe.finetune.distill else ()
 
 
 def _train(recipe: Recipe) -> tuple[str, ...]:
@@ -46,7 +52,7 @@ STAGES = (
         wanted=lambda recipe: recipe.controls.random_heads,
         reads=_calibration,
     ),
-    Stage("finetune", "prune", finetune.VERSION, finetune.config, finetune.build, reads=_train),
+    Stage("finetune", "prune", finetune.VERSION, finetune.config, finetune.build, reads=_train, consults=_teacher),
     Stage(
         "control-finetune",
         "half",
@@ -55,6 +61,7 @@ STAGES = (
         finetune.build,
         wanted=lambda recipe: recipe.controls.dense_finetuned,
         reads=_train,
+        consults=_teacher,
     ),
     Stage("quantize", "finetune", quantize.VERSION, quantize.config, quantize.build, reads=quantize.reads),
 )

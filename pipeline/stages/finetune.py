@@ -38,4 +38,4 @@ def build(job: Job) -> dict[str, Any]:
     to_half(model)
     save_model(model, tokenizer, job.out / "model_fp16")
     drop_checkpoints(checkpoints)
-    return {"curve": curve, "blocks": len(blocks)}
+    return {"curve": curve, "blocks": len(blocks), "parameters": model.num_parameters()}

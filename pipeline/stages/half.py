@@ -32,4 +32,4 @@ def build(job: Job) -> dict[str, Any]:
     model = load_model(job.source / "model")
     to_half(model)
     save_model(model, load_tokenizer(job.source / "model"), job.out / "model")
-    return {}
+    return {"parameters": model.num_parameters()}

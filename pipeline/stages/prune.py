@@ -38,7 +38,7 @@ def build(job: Job) -> dict[str, Any]:
     blocks = TokenBlocks(blocks.tokens[: choices.calibration_blocks])
     pruned, details = prune_heads(dense, choices, blocks, job.recipe.seed)
     save_model(pruned.half().cpu(), tokenizer, job.out / "model")
-    return details
+    return {**details, "parameters": pruned.num_parameters()}
 
 
 def build_control(job: Job) -> dict[str, Any]:

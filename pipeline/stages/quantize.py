@@ -42,7 +42,7 @@ def build(job: Job) -> dict[str, Any]:
     )
     export_openvino(model, job.out / "ir_fp32", tokenizer=tokenizer)
     export_openvino(model, job.out / "ir_fp16", tokenizer=tokenizer, compress_to_fp16=True)
-    return {"method": choices.method}
+    return {"method": choices.method, "parameters": model.num_parameters()}
 
 
 def _filtered(text: str, shortest: int = 80) -> list[str]:

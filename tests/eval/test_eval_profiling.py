@@ -119,7 +119,8 @@ def test_events_hold_scalars_charts_and_tables(logdir: Path) -> None:
     assert values.pop("quality/perplexity") == [31.25]
     assert set(values) == {"latency/prefill_ms", "latency/decode_ms_per_token", "memory/peak_rss_mib"}
     assert all(len(each) == 1 and each[0] > 0 for each in values.values())
-    assert values["memory/peak_rss_mib"][0] * 2**20 > Path("/proc/self/statm").stat().st_size
+    peak_now = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    assert 50 < values["memory/peak_rss_mib"][0] <= peak_now
 
     assert set(events.Tags()["images"]) == {"operators/prefill", "operators/decode", "head scores"}
     for tag in events.Tags()["images"]:
@@ -273,7 +274,7 @@ def get(url: str) -> Any:
         return json.loads(answer.read())
 
 
-def wait_for(what: Callable[[], Any], seconds: float = 90) -> Any:
+def wait_for(what: Callable[[], Any], seconds: float = 240) -> Any:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         try:
@@ -333,23 +334,25 @@ def test_profiler_tab_opens_both_traces(tensorboard: str) -> None:
 @pytest.mark.parametrize(
     ("page", "shown"),
     [
-        ("data/plugin/pytorch_profiler/index.html", [NAME, "Overview", "Operator", "decode", "prefill"]),
-        ("#scalars", [NAME, "latency", "quality"]),
-        ("#text", [NAME, "aten::addmm", "self CPU ms", "FP32 weights"]),
+        # What the profiler tab holds in a frame.
+        ("data/plugin/pytorch_profiler/index.html", [NAME, "Overview", "decode"]),
+        ("#timeseries", [NAME, "pytorch_profiler", "latency/decode_ms_per_token", "operators"]),
     ],
-    ids=["profiler", "scalars", "text"],
+    ids=["profiler", "scalars"],
 )
 def test_browser_shows_the_run(tensorboard: str, tmp_path: Path, page: str, shown: list[str]) -> None:
-    dom = browse(f"{tensorboard}/{page}", tmp_path, "--dump-dom")
+    seen = browse(f"{tensorboard}/{page}", tmp_path)
     for words in shown:
-        assert words in dom
+        assert words in seen
 
 
-def browse(url: str, user_data: Path, action: str) -> str:
+def browse(url: str, user_data: Path) -> str:
+    """The text of a page once its scripts have run."""
     assert CHROMIUM
     # No name resolves: the pages ask for a charts library and fonts on the net, and must do without.
     quiet = ["--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1", "--disable-quic", "--disable-sync"]
     quiet += ["--disable-background-networking", "--disable-component-update", "--no-first-run"]
     command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", *quiet, f"--user-data-dir={user_data}"]
-    command += ["--virtual-time-budget=5000", "--window-size=1400,900", action, url]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    command += ["--virtual-time-budget=5000", "--window-size=1400,900", "--dump-dom", url]
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=240, check=True).stdout
+    return re.sub(r"<(script|style).*?</\1>|<[^>]*>", "", dom, flags=re.DOTALL)

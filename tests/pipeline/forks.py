@@ -55,6 +55,8 @@ class Forks:
         """A process at work."""
         self.count += 1
         log = self.folder / str(self.count)
+        for suffix in (".out", ".err"):
+            log.with_suffix(suffix).touch()
         words = [str(argument) for argument in arguments]
         return Forked(self, self._ask({"argv": words, "log": str(log)}), log)
 
@@ -69,7 +71,9 @@ class Forks:
 
     def close(self) -> None:
         """End the server."""
-        self.server.communicate()
+        assert self.server.stdin is not None
+        self.server.stdin.close()
+        self.server.wait()
 
 
 class Forked:
@@ -113,6 +117,7 @@ def _serve() -> None:
         else:
             answer = os.fork()
             if answer == 0:
+                answers.close()
                 _child(request, torch)
         answers.write(json.dumps(answer) + "\n")
         answers.flush()

@@ -83,7 +83,7 @@ def test_a_local_dataset_folder_in_the_hubs_format(tmp_path: Path, monkeypatch: 
     config += "- config_name: bad\n  data_files: [{split: test, path: other.jsonl}]\n"
     (data / "README.md").write_text(f"---\n{config}---\n")
     assert load_text(f"hub:{data}@good:test") == "one\n\n\n\ntwo"
-    with pytest.raises(UserError, match="'words'.*one named 'text' is needed"):
+    with pytest.raises(UserError, match=r"'words'.*one named 'text' is needed"):
         load_text(f"hub:{data}@bad:test")
     with pytest.raises(UserError, match="cannot be loaded") as caught:
         load_text(f"hub:{data}@good:train")

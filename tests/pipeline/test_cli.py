@@ -1,0 +1,223 @@
+"""The command line as a person meets it: help, exit codes, one line for each mistake, clean JSON."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from eval.perplexity import perplexity
+from pipeline.checkpoint import load_model
+from pipeline.cli import app
+from pipeline.data import encode
+from pipeline.engines.torch import TorchEngine
+from pipeline.texts import load_text
+
+ROOT = Path(__file__).parents[2]
+VERBS = [command.callback.__name__ for command in app.registered_commands if command.callback]
+
+
+def test_the_verbs() -> None:
+    chain = ["run", "load", "half", "prune", "finetune", "quantize"]
+    assert [*chain, "evaluate", "generate", "bench", "profile", "report", "pretrain", "doctor", "probe"] == VERBS
+
+
+@pytest.mark.parametrize("verb", ["", *VERBS])
+def test_help(verb: str, cli) -> None:
+    code, stdout, err = cli(*([verb] if verb else []), "--help")
+    assert (code, err) == (0, "")
+    assert stdout.startswith("Usage: ") and len(stdout.splitlines()) > 4
+
+
+def test_help_needs_no_heavy_import() -> None:
+    program = (
+        "import sys\n"
+        "from pipeline.cli import main\n"
+        "sys.argv = ['pipeline', '--help']\n"
+        "try:\n    main()\n"
+        "finally:\n"
+        "    heavy = {'torch', 'transformers', 'numpy', 'openvino', 'matplotlib', 'datasets', 'pydantic'}\n"
+        "    print(sorted(heavy & set(sys.modules)), file=sys.stderr)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "[]\n")
+    listed = [line.split()[0] for line in done.stdout.partition("Commands:")[2].splitlines() if line.strip()]
+    assert [verb for verb in VERBS if verb != "probe"] == [word for word in listed if word in VERBS]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["nothing"],
+        ["run", "--colour", "red"],
+        ["evaluate"],
+        ["evaluate", "x", "--stride", "0"],
+        ["evaluate", "x", "--context", "1"],
+        ["evaluate", "x", "--context", "many"],
+        ["generate", "x"],
+        ["bench", "x", "--new-tokens", "0"],
+    ],
+)
+def test_misuse(words: list[str], cli) -> None:
+    code, stdout, err = cli(*words)
+    assert (code, stdout) == (2, "")
+    assert err.startswith("Usage: ") and "Error: " in err.splitlines()[-1] and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--recipe", "nothing"], "recipe nothing: not found; give a preset (demo"),
+        (["--recipe", "no/where.yaml"], "no/where.yaml: not found"),
+        (["--set", "prune.ratio=1.5"], "prune.ratio is 1.5"),
+        (["--set", "prune.ration=0.2"], "unknown key 'prune.ration'"),
+        (["--set", "prune.ratio"], "--set prune.ratio: give key=value"),
+        (["--set", "=3"], "give key=value"),
+        (["--set", "prune.ratio=[1"], "the value is no YAML"),
+        (["--set", "prune=3"], "prune is 3"),
+        (["--set", "prune.ratio.deep=3"], "prune.ratio is {'deep': 3}"),
+        (["--set", "seed=-1"], "seed is -1"),
+        (["--until", "nothing"], "--until nothing: no such stage; give one of load, half"),
+        (["--force", "nothing"], "--force nothing: no such stage; give one of load, half"),
+        (["--set", "load.source=./no/model"], "model ./no/model: no such folder"),
+        (["--set", "data.train=no.txt"], "no.txt: No such file"),
+    ],
+)
+def test_a_mistake_in_a_run_is_one_line(words: list[str], said: str, cli, tiny_recipe: Path, tmp_path: Path) -> None:
+    recipe = [] if "--recipe" in words else ["--recipe", tiny_recipe]
+    code, stdout, err = cli("run", "--out", tmp_path / "run", *recipe, *words)
+    assert (code, stdout) == (2, "")
+    assert err.startswith("error: ") and said in err and err.count("\n") == 1
+
+
+def test_a_broken_recipe_file(cli, tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    for content in (b"a: [", b"- 1\n- 2\n", b"\xff\xfe\x00", b"seed: .nan\n"):
+        path.write_bytes(content)
+        code, stdout, err = cli("run", "--recipe", path, "--out", tmp_path / "run")
+        assert (code, stdout, err.count("\n")) == (2, "", 1) and err.startswith("error: recipe ")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["evaluate", "nowhere"], "nowhere/config.json: not found"),
+        (["evaluate", "{model}", "--engine", "onnx"], "engine 'onnx': unknown"),
+        (["evaluate", "{model}", "--engine", "openvino"], "no openvino_model.xml"),
+        (["evaluate", "{model}", "--text", "no.txt"], "no.txt: No such file"),
+        (["evaluate", "{model}", "--text", "{text}", "--context", "49"], "at most 48"),
+        (["evaluate", "{model}", "--text", "{text}", "--stride", "49"], "stride is 49"),
+        (["generate", "{model}", "--prompt", ""], "the prompt is empty"),
+        (["generate", "{model}", "--prompt", "a", "--top-k", "0"], "top_k >= 1"),
+        (["bench", "{model}", "{model}"], "named twice"),
+        (["report", "nowhere"], "nowhere/results.json: No such file"),
+        (["pretrain", "--text", "no.txt", "--out", "{out}"], "no.txt: No such file"),
+        (["half", "--out", "{out}"], "no such stage; run: python -m pipeline load"),
+    ],
+)
+def test_a_mistake_in_another_verb_is_one_line(
+    words: list[str], said: str, cli, tiny_folder: Path, tiny_texts: dict[str, Path], tmp_path: Path
+) -> None:
+    places = {"model": tiny_folder, "text": tiny_texts["evaluation"], "out": tmp_path / "out"}
+    code, stdout, err = cli(*(word.format(**places) for word in words))
+    assert (code, stdout) == (2, ""), err
+    last = err.splitlines()[-1]
+    assert last.startswith("error: ") and said in last and "Traceback" not in err
+
+
+def test_run_speaks_json(run_copy: Path, cli) -> None:
+    # Without --recipe the folder's own is followed.
+    code, stdout, err = cli("run", "--out", run_copy, "--json")
+    assert code == 0 and err.count("up to date") == 7
+    document = json.loads(stdout)
+    assert document == json.loads((run_copy / "results.json").read_text())
+    assert document["run"]["command"] == f"python -m pipeline run --out {run_copy} --json"
+    code, stdout, _ = cli("run", "--out", run_copy)
+    assert stdout.splitlines()[-1] == f"Report: {run_copy / 'report.html'}"
+    assert (run_copy / "report.html").stat().st_size > 10_000
+    for stage in ("load", "half", "prune", "finetune", "quantize", "control-finetune", "control-random"):
+        assert stage in stdout
+
+
+def test_report_draws_again_from_the_results_alone(run_copy: Path, cli, tmp_path: Path) -> None:
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    (run_copy / "results.json").rename(alone / "results.json")
+    code, stdout, err = cli("report", alone)
+    assert (code, err) == (0, "")
+    assert stdout.splitlines()[-1] == f"Report: {alone / 'report.html'}"
+    assert (alone / "report.html").read_bytes() == (run_copy / "report.html").read_bytes()
+    (alone / "results.json").write_text("{}")
+    code, stdout, err = cli("report", alone)
+    assert (code, stdout, err.count("\n")) == (2, "", 1)
+
+
+@pytest.mark.parametrize(("context", "stride"), [(None, None), (17, 5)])
+def test_evaluate_is_eval_perplexity(
+    context: int | None, stride: int | None, cli, tiny_folder: Path, tiny_texts: dict[str, Path], tiny_tokenizer
+) -> None:
+    text = tiny_texts["evaluation"]
+    lengths = [
+        word for name, value in (("--context", context), ("--stride", stride)) if value for word in (name, value)
+    ]
+    command = ("evaluate", tiny_folder, "--text", text, "--device", "cpu", *lengths)
+    code, stdout, err = cli(*command, "--json")
+    assert code == 0, err
+    found = json.loads(stdout)
+    wanted = perplexity(
+        TorchEngine(load_model(tiny_folder)),
+        encode(load_text(str(text)), tiny_tokenizer),
+        context=context or 48,
+        stride=stride or 48,
+        text_sha256="",
+        text_share=1.0,
+    )
+    assert found["perplexity"] == pytest.approx(wanted.perplexity, rel=1e-6)
+    assert (found["tokens"], found["context"], found["stride"]) == (wanted.tokens, wanted.context, wanted.stride)
+    assert math.log(found["perplexity"]) == pytest.approx(found["nll"])
+    code, stdout, _ = cli(*command)
+    assert code == 0 and stdout.startswith(f"perplexity {wanted.perplexity:.4f}  ({wanted.tokens:,} tokens")
+
+
+def test_evaluate_reads_an_ir(finished_run: Path, cli, tiny_texts: dict[str, Path]) -> None:
+    command = ("--text", tiny_texts["evaluation"], "--json")
+    values = {}
+    for folder in ("finetune/model", "quantize/ir_fp32", "quantize/ir_fp16", "quantize/model"):
+        code, stdout, err = cli("evaluate", finished_run / folder, *command)
+        assert code == 0, err
+        document = json.loads(stdout)
+        values[folder] = document["perplexity"]
+        assert document["engine"] == ("torch" if folder == "finetune/model" else "openvino")
+    exact = values["finetune/model"]
+    assert values["quantize/ir_fp32"] == pytest.approx(exact, rel=1e-4)
+    assert values["quantize/ir_fp16"] == pytest.approx(exact, rel=1e-2)
+    assert values["quantize/model"] == pytest.approx(exact, rel=5e-2)
+
+
+def test_doctor(cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    code, stdout, _ = cli("doctor", "--json")
+    findings = json.loads(stdout)
+    assert code == 0
+    by_name = {finding["what"]: finding for finding in findings}
+    assert {"torch", "CPU", "GPU", "OpenVINO", "embedded model", "Hub access", "disk"} <= by_name.keys()
+    assert all(finding["detail"] and isinstance(finding["works"], bool) for finding in findings)
+    assert by_name["torch"]["works"] and by_name["CPU"]["works"] and by_name["OpenVINO"]["works"]
+    code, stdout, _ = cli("doctor")
+    assert code == 0 and len(stdout.splitlines()) == len(findings)
+    assert all(line[:3] in ("ok ", "NO ") for line in stdout.splitlines())
+
+
+def test_probe_prints_one_record(cli, tiny_folder: Path) -> None:
+    code, stdout, _ = cli("probe", tiny_folder, "--device", "cpu", "--prompt-tokens", 5, "--new-tokens", 3)
+    assert code == 0 and json.loads(stdout)["rss"] > 0
+
+
+def test_a_real_process(tiny_folder: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pipeline", "generate", str(tiny_folder), "--prompt", "x" * 99]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
+    assert done.stderr.startswith("error: 99 prompt and 64 new tokens exceed the context of 48")

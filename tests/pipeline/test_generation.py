@@ -1,0 +1,167 @@
+"""Generation against Hugging Face's own, and sampling against its definition."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import DynamicCache, PreTrainedTokenizerFast
+
+from eval.errors import UserError
+from pipeline.data import encode
+from pipeline.engines.torch import TorchEngine
+from pipeline.generation import generate
+from pipeline.model import CompactGPT2LMHeadModel
+
+PROMPT = "the cat säid"
+
+
+class Recorded:
+    """An engine that says what was asked of it."""
+
+    def __init__(self, engine: TorchEngine):
+        self.engine = engine
+        self.calls: list[int] = []
+
+    def __getattr__(self, name: str):
+        return getattr(self.engine, name)
+
+    def decode(self, token_ids: torch.Tensor) -> torch.Tensor:
+        self.calls.append(int(token_ids))
+        return self.engine.decode(token_ids)
+
+
+@pytest.fixture
+def engine(tiny_model: CompactGPT2LMHeadModel) -> TorchEngine:
+    return TorchEngine(tiny_model)
+
+
+def huggingface(
+    model: CompactGPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, prompt: str, count: int
+) -> list[int]:
+    ids = torch.from_numpy(encode(prompt, tokenizer))[None]
+    out = model.generate(ids, max_new_tokens=count, do_sample=False, pad_token_id=0, attention_mask=ids * 0 + 1)
+    return out[0, ids.shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("prompt", ["a", PROMPT, "the mat the mat the"])
+def test_greedy_is_hugging_faces(engine: TorchEngine, tiny_model, tiny_tokenizer, prompt: str) -> None:
+    ids = huggingface(tiny_model, tiny_tokenizer, prompt, 40)
+    wanted = tiny_tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    for _ in range(2):
+        assert "".join(generate(engine, tiny_tokenizer, prompt, max_new_tokens=40)) == wanted
+
+
+def test_the_end_of_text_token_ends_it(engine: TorchEngine, tiny_model, tiny_tokenizer) -> None:
+    ids = huggingface(tiny_model, tiny_tokenizer, PROMPT, 12)
+    end = ids[4]
+    wanted = tiny_tokenizer.decode(ids[: ids.index(end)])
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
+    assert "".join(generate(engine, tokenizer, PROMPT, max_new_tokens=12)) == wanted
+
+
+def test_it_streams_one_token_at_a_time(engine: TorchEngine, tiny_tokenizer) -> None:
+    recorded = Recorded(engine)
+    pieces = generate(recorded, tiny_tokenizer, PROMPT, max_new_tokens=20)
+    seen = []
+    for piece in pieces:
+        seen.append((len(recorded.calls), piece))
+    assert len(recorded.calls) == 19  # the last token needs no step of its own
+    assert seen[0][0] < 19, "nothing came before the end"
+    assert [count for count, _ in seen] == sorted(count for count, _ in seen)
+
+
+def test_characters_come_whole(engine: TorchEngine, tiny_tokenizer, monkeypatch) -> None:
+    ids = encode("aß✓🙂b", tiny_tokenizer).tolist()
+    assert len(ids) > 5  # characters of several tokens
+    planned = iter(ids)
+    monkeypatch.setattr("pipeline.generation._sample", lambda *_: next(planned))
+    assert list(generate(engine, tiny_tokenizer, "x", max_new_tokens=len(ids))) == ["a", "ß", "✓", "🙂", "b", ""]
+    planned = iter(ids[:-2])
+    monkeypatch.setattr("pipeline.generation._sample", lambda *_: next(planned))
+    assert "".join(generate(engine, tiny_tokenizer, "x", max_new_tokens=len(ids) - 2)) == "aß✓\ufffd"
+
+
+def test_seeds_reproduce_sampling(engine: TorchEngine, tiny_tokenizer) -> None:
+    def sampled(seed: int) -> str:
+        return "".join(generate(engine, tiny_tokenizer, PROMPT, max_new_tokens=30, temperature=1.5, seed=seed))
+
+    assert sampled(1) == sampled(1) != sampled(2)
+
+
+def test_one_candidate_is_greedy(engine: TorchEngine, tiny_tokenizer) -> None:
+    greedy = "".join(generate(engine, tiny_tokenizer, PROMPT, max_new_tokens=15))
+    for narrow in ({"top_k": 1}, {"top_p": 1e-6}):
+        assert "".join(generate(engine, tiny_tokenizer, PROMPT, max_new_tokens=15, temperature=3.0, **narrow)) == greedy
+
+
+@pytest.mark.parametrize(
+    ("settings", "wanted"),
+    [
+        ({}, [0.1, 0.4, 0.2, 0.3]),
+        ({"top_k": 2}, [0, 4 / 7, 0, 3 / 7]),
+        ({"top_p": 0.75}, [0, 4 / 9, 2 / 9, 3 / 9]),
+        ({"top_p": 0.4}, [0, 1, 0, 0]),
+        ({"top_k": 3, "top_p": 0.69}, [0, 4 / 7, 0, 3 / 7]),
+        ({"temperature": 0.5}, [1 / 30, 16 / 30, 4 / 30, 9 / 30]),
+    ],
+)
+def test_the_distribution_that_is_drawn_from(settings: dict[str, float], wanted: list[float]) -> None:
+    from pipeline.generation import _sample
+
+    logits = torch.tensor([0.1, 0.4, 0.2, 0.3]).log() + 5
+    generator = torch.Generator().manual_seed(0)
+    every = {"temperature": 1.0, "top_k": None, "top_p": None} | settings
+    draws = 4000
+    counts = [0] * 4
+    for _ in range(draws):
+        counts[_sample(logits, every["temperature"], every["top_k"], every["top_p"], generator)] += 1
+    for count, share in zip(counts, wanted, strict=True):
+        # Five standard deviations of a binomial count; none where the share is 0 or 1.
+        assert abs(count - draws * share) <= 5 * (draws * share * (1 - share)) ** 0.5 + 1e-6 * draws
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"temperature": -0.1}, "temperature >= 0"),
+        ({"top_k": 0}, "top_k >= 1"),
+        ({"top_p": 0.0}, "top_p <= 1"),
+        ({"top_p": 1.1}, "top_p <= 1"),
+        ({"max_new_tokens": 67}, "exceed the context of 67"),
+    ],
+)
+def test_settings_out_of_range(engine: TorchEngine, tiny_tokenizer, settings: dict, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        next(generate(engine, tiny_tokenizer, PROMPT, **settings))
+
+
+def test_prompts_that_do_not_fit(engine: TorchEngine, tiny_tokenizer) -> None:
+    with pytest.raises(UserError, match="the prompt is empty"):
+        next(generate(engine, tiny_tokenizer, ""))
+    with pytest.raises(UserError, match="exceed the context of 67"):
+        next(generate(engine, tiny_tokenizer, "ä" * 40, max_new_tokens=1))
+    full = "".join(generate(engine, tiny_tokenizer, "b" * 60, max_new_tokens=7))
+    assert full  # 60 and 7 are the whole context
+
+
+def test_it_starts_afresh_each_time(engine: TorchEngine, tiny_tokenizer) -> None:
+    first = "".join(generate(engine, tiny_tokenizer, PROMPT, max_new_tokens=9))
+    next(generate(engine, tiny_tokenizer, "the other hat", max_new_tokens=3))  # abandoned
+    assert "".join(generate(engine, tiny_tokenizer, PROMPT, max_new_tokens=9)) == first
+    assert isinstance(engine.cache, DynamicCache)
+
+
+def test_the_command(cli, tiny_folder: Path, tiny_tokenizer) -> None:
+    from pipeline.checkpoint import load_model
+
+    ids = huggingface(load_model(tiny_folder), tiny_tokenizer, PROMPT, 11)
+    command = ("generate", tiny_folder, "--prompt", PROMPT, "--max-new-tokens", 11)
+    code, stdout, _ = cli(*command)
+    assert (code, stdout) == (0, tiny_tokenizer.decode(ids, clean_up_tokenization_spaces=False) + "\n")
+    sampling = ("--temperature", 2, "--top-k", 50, "--top-p", 0.95)
+    outputs = [cli(*command, *sampling, "--seed", seed)[1] for seed in (4, 4, 5)]
+    assert outputs[0] == outputs[1] != outputs[2]
+    code, stdout, err = cli(*command, "--prompt", "the cat " * 50)
+    assert (code, stdout, len(err.splitlines())) == (2, "", 1) and "exceed the context of 48" in err

@@ -1,0 +1,177 @@
+"""Training from scratch: what it writes, that it learns, and that a cut-off one goes on exactly."""
+
+import json
+import lzma
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from transformers import Trainer, TrainerCallback
+
+from eval.errors import UserError, WorkError
+from pipeline.artifacts import RunFolder, sha256_tree
+from pipeline.checkpoint import load_model, load_tokenizer
+from pipeline.pretrain import pretrain
+from pipeline.recipe import Pretrain, parse_recipe
+from pipeline.wikitext import DOCUMENT_MARK
+
+CHOICES = {
+    "model": {"n_layer": 2, "n_head": 3, "head_dim": 8, "n_positions": 16, "vocab_size": 263},
+    "steps": 8,
+    "warmup_steps": 2,
+    "decay_steps": 3,
+    "batch_size": 3,
+    "accumulation": 2,
+    "save_steps": 2,
+    "eval_steps": 4,
+    "eval_blocks": 2,
+    "log_steps": 3,
+}
+
+
+@pytest.fixture
+def files(tiny_texts: dict[str, Path], tmp_path: Path) -> list[Path]:
+    """Two files of documents, one of them compressed."""
+    text = tiny_texts["train"].read_text().replace("\n\n", f"\n{DOCUMENT_MARK}\n", 5)
+    (tmp_path / "a.txt").write_text(text)
+    (tmp_path / "b.txt.xz").write_bytes(lzma.compress(tiny_texts["calibration"].read_bytes()))
+    return [tmp_path / "a.txt", tmp_path / "b.txt.xz"]
+
+
+@pytest.fixture
+def validation(tiny_texts: dict[str, Path]) -> str:
+    return tiny_texts["evaluation"].read_text()
+
+
+def recipe(**changes: Any) -> Pretrain:
+    return parse_recipe(Pretrain, CHOICES | changes)
+
+
+def test_a_training_from_scratch(files: list[Path], validation: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    folder = pretrain(recipe(steps=40, save_steps=40, eval_steps=40), files, out, validation)
+    assert folder == out / "model"
+    model, tokenizer = load_model(folder), load_tokenizer(folder)
+    assert (model.config.n_layer, model.config.n_embd, model.config.vocab_size) == (2, 24, 263)
+    assert len(tokenizer) == 263 and tokenizer.eos_token == DOCUMENT_MARK
+    assert model.config.eos_token_id == tokenizer.eos_token_id
+    text = "the cat sät\n on the mat"
+    assert tokenizer.decode(tokenizer(text).input_ids) == text
+
+    tokens = np.load(out / "tokens.npy")
+    assert tokens.dtype == np.uint16 and tokens.shape[1] == 16
+    written = tokenizer.decode(tokens.reshape(-1).tolist())
+    assert written.startswith(files[0].read_text().partition(DOCUMENT_MARK)[0].strip() + DOCUMENT_MARK)
+    # One end mark a document: five were cut out of the first file, which leaves six, and the second is one.
+    assert written.count(DOCUMENT_MARK) in (6, 7)
+
+    curve = json.loads((out / "curve.json").read_text())
+    assert curve[-1]["step"] == 40 and curve[-1]["loss"] < curve[0]["loss"] - 0.5
+
+
+class Pulled(TrainerCallback):
+    def on_save(self, args, state, control, **kwargs):
+        if state.global_step == 4:
+            raise KeyboardInterrupt
+
+
+def test_a_cut_off_training_goes_on_to_the_same_weights(
+    files: list[Path], validation: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = pretrain(recipe(), files, tmp_path / "whole", validation)
+    original = Trainer.train
+    seen: list[Any] = []
+
+    def pulled(self: Trainer, resume_from_checkpoint: Any = None) -> Any:
+        seen.append(resume_from_checkpoint)
+        if len(seen) == 1:
+            self.add_callback(Pulled())
+        return original(self, resume_from_checkpoint)
+
+    monkeypatch.setattr(Trainer, "train", pulled)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(recipe(), files, tmp_path / "cut", validation)
+    assert not (tmp_path / "cut" / "model").exists()
+    cut = shutil.copytree(tmp_path / "cut" / "checkpoint-4", tmp_path / "cut" / "checkpoint-6")
+    (cut / "trainer_state.json").unlink()  # killed while it wrote the next one
+    resumed = pretrain(recipe(), files, tmp_path / "cut", validation)
+    assert seen == [None, str(tmp_path / "cut" / "checkpoint-4")]
+    assert sha256_tree(resumed) == sha256_tree(whole)
+    assert (tmp_path / "cut" / "curve.json").read_text() == (tmp_path / "whole" / "curve.json").read_text()
+
+
+def test_the_length_may_change_nothing_else(files: list[Path], validation: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    pretrain(recipe(), files, out, validation)
+    before = sha256_tree(out)
+    for changed, texts in ((recipe(seed=1), files), (recipe(batch_size=2), files), (recipe(), files[:1])):
+        with pytest.raises(UserError, match="another recipe or text"):
+            pretrain(changed, texts, out, validation)
+    assert sha256_tree(out) == before
+    pretrain(recipe(steps=10), files, out, validation)
+    assert json.loads((out / "curve.json").read_text())[-1]["step"] == 10
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "empty"),
+        ("short", "the text yields only .* tokens"),
+        (b"\x00\x01\x02", "NUL"),
+    ],
+)
+def test_too_little_text(text: str | bytes, said: str, validation: str, tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(UserError, match=said):
+        pretrain(recipe(), [path], tmp_path / "out", validation)
+
+
+def test_less_text_than_a_block(validation: str, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("the cat sat on the mat and on the mat sat the cat on the other mat")
+    shape = CHOICES["model"] | {"n_positions": 400, "vocab_size": 258}
+    with pytest.raises(UserError, match="fewer than one block of 400"):
+        pretrain(recipe(model=shape), [tmp_path / "text.txt"], tmp_path / "out", validation)
+    shape["n_positions"] = 16
+    with pytest.raises(UserError, match="shorter than one block"):
+        pretrain(recipe(model=shape), [tmp_path / "text.txt"], tmp_path / "out2", "hm")
+
+
+def test_one_training_in_a_folder_at_a_time(files: list[Path], validation: str, tmp_path: Path) -> None:
+    with RunFolder(tmp_path / "out").locked(), pytest.raises(UserError, match="another run is at work here"):
+        pretrain(recipe(), files, tmp_path / "out", validation)
+
+
+def test_a_damaged_record_of_the_choices(files: list[Path], validation: str, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "pretrain.json").write_text("{")
+    with pytest.raises(UserError, match=r"pretrain\.json: damaged"):
+        pretrain(recipe(), files, tmp_path / "out", validation)
+
+
+def test_out_is_a_file(files: list[Path], validation: str, tmp_path: Path) -> None:
+    (tmp_path / "out").touch()
+    with pytest.raises(UserError, match="is a file"):
+        pretrain(recipe(), files, tmp_path / "out", validation)
+
+
+def test_a_training_that_diverges(files: list[Path], validation: str, tmp_path: Path) -> None:
+    wild = recipe(muon_learning_rate=1e30, adam_learning_rate=1e30)
+    with pytest.raises(WorkError, match=r"pretrain: .*; lower the learning rate"):
+        pretrain(wild, files, tmp_path / "out", validation)
+    assert not (tmp_path / "out" / "model").exists()
+
+
+def test_the_command(cli, files: list[Path], tiny_texts: dict[str, Path], tmp_path: Path) -> None:
+    import yaml
+
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(CHOICES | {"validation": str(tiny_texts["evaluation"])}))
+    words = [word for file in files for word in ("--text", file)]
+    code, stdout, err = cli("pretrain", "--recipe", path, *words, "--out", tmp_path / "out", "--set", "steps=6")
+    assert (code, stdout) == (0, f"Model: {tmp_path / 'out' / 'model'}\n"), err
+    assert "pretrain: step 6/6" in err
+    code, stdout, err = cli("pretrain", "--recipe", path, *words, "--out", tmp_path / "out", "--set", "seed=9")
+    assert (code, stdout, len(err.splitlines())) == (2, "", 1) and err.startswith("error: ")
