@@ -30,7 +30,7 @@ def engines(shape: GPT2Config) -> dict[str, TorchEngine]:
     stock = GPT2LMHeadModel(shape).eval()
     kept = [[head for head in range(shape.n_head) if head not in (0, shape.n_head - 1)]] * shape.n_layer
 
-    def engine(model: torch.nn.Module, precision: str) -> TorchEngine:
+    def engine(model: Any, precision: str) -> TorchEngine:
         return TorchEngine(model, device="cuda:0", precision=precision)
 
     return {
@@ -80,11 +80,11 @@ def main() -> None:
         case = []
         for name, latency in latencies.items():
             gains = {part: ratio(getattr(first, part), getattr(latency, part)) for part in ("prefill", "decode")}
-            shown = "   ".join(
-                f"{part} {1000 * getattr(latency, part).p50:8.3f} ms {gain.value:5.2f} [{gain.low:.2f}, {gain.high:.2f}]"
-                for part, gain in gains.items()
-            )
-            print(f"{name:<26} {shown}")
+            cells = [
+                f"{part} {1000 * getattr(latency, part).p50:8.3f} ms {g.value:5.2f} [{g.low:.2f}, {g.high:.2f}]"
+                for part, g in gains.items()
+            ]
+            print(f"{name:<26} {'   '.join(cells)}")
             speedup = {part: gain._asdict() for part, gain in gains.items()}
             case.append({"name": name, "latency": dataclasses.asdict(latency), "speedup": speedup})
         record["cases"] += [case]

@@ -1,7 +1,6 @@
 """The command line: one verb, one typed function. Heavy imports happen inside the verbs."""
 
 import json
-import logging
 import math
 import os
 import sys
@@ -323,8 +322,6 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("KINETO_LOG_LEVEL", "5")
-    for chatty in ("torchao", "torch.utils._pytree"):
-        logging.getLogger(chatty).setLevel(logging.ERROR)
     try:
         app(standalone_mode=True)
     except UserError as error:

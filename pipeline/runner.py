@@ -22,6 +22,7 @@ from pipeline.texts import load_text, refuse_overlap
 from pipeline.training import is_main_process, world_size
 
 RESULTS = "results.json"
+RECIPE = "recipe.yaml"
 
 
 class Runner:
@@ -77,7 +78,18 @@ class Runner:
                 "git_commit": git_commit(),
                 "date": datetime.now(UTC).isoformat(timespec="seconds"),
                 "seconds": {name: manifest.seconds for name, manifest in manifests.items()},
-                "command": f"python -m pipeline {shlex.join(sys.argv[1:])}",
+                "command": shlex.join(
+                    [
+                        "python",
+                        "-m",
+                        "pipeline",
+                        "run",
+                        "--recipe",
+                        f"{self.run.path}/{RECIPE}",
+                        "--out",
+                        str(self.run.path),
+                    ]
+                ),
             },
             rows=Measurer(self.run, self.recipe, manifests).rows(latency=latency),
             heads={
@@ -145,7 +157,7 @@ class Runner:
                 refuse_overlap(source, load_text(source), evaluation)
 
     def _keep_recipe(self) -> None:
-        save_text(yaml.safe_dump(self.recipe.model_dump(mode="json"), sort_keys=False), self.run.path / "recipe.yaml")
+        save_text(yaml.safe_dump(self.recipe.model_dump(mode="json"), sort_keys=False), self.run.path / RECIPE)
 
     def _require(self, stage: Stage) -> None:
         """Check that what a stage is made from is there, whole, and made by this recipe."""

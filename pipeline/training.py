@@ -13,7 +13,6 @@ from safetensors.torch import load_model as load_weights
 from torch.nn import functional as F
 from transformers import (
     PrinterCallback,
-    ProgressCallback,
     Trainer,
     TrainerCallback,
     TrainerState,
@@ -21,7 +20,7 @@ from transformers import (
     default_data_collator,
     set_seed,
 )
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK, TRAINER_STATE_NAME
 
 from eval.errors import WorkError
 from pipeline import hardware
@@ -158,8 +157,8 @@ def run(trainer: Trainer, name: str) -> list[dict[str, float]]:
     Each point is `{"step", "epoch", "loss", "rate"}`, loss in nats a token. Raises `WorkError`
     when the loss or a weight is no longer finite.
     """
-    trainer.remove_callback(PrinterCallback)
-    trainer.remove_callback(ProgressCallback)
+    for chatty in (PrinterCallback, DEFAULT_PROGRESS_CALLBACK):  # the second is another one under Jupyter
+        trainer.remove_callback(chatty)
     trainer.add_callback(Watch(name))
     last = last_checkpoint(Path(trainer.args.output_dir))
     state = TrainerState.load_from_json(f"{last}/{TRAINER_STATE_NAME}") if last else TrainerState()
