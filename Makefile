@@ -48,8 +48,7 @@ notebook: $(VENV)/.ready  ## run project.ipynb from top to bottom and keep its o
 	$(BIN)/python -m benchmarks.notebook project.ipynb
 
 tensorboard: $(VENV)/.ready  ## profile the demo's stages and open the traces
-	for model in load/model prune/model finetune/model quantize/ir_fp32 quantize/model; do \
-	    $(BIN)/python -m pipeline profile $(RUN)/$$model --out $(RUN)/traces || exit 1; done
+	$(BIN)/python -m pipeline profile $(RUN) --out $(RUN)/traces
 	$(BIN)/tensorboard --logdir $(RUN)/traces
 
 clean:  ## remove the virtual environment and caches; runs stay

@@ -6,7 +6,6 @@ import asyncio
 import os
 import signal
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from nbclient.exceptions import CellExecutionError, DeadKernelError
 from nbformat import NotebookNode
 
 from eval.errors import UserError, WorkError
+from eval.results import save_text
 
 ROOT = Path(__file__).resolve().parents[1]
 PARAMETERS = "parameters"
@@ -53,7 +53,10 @@ def run_notebook(path: Path, out: Path | None = None, parameters: Mapping[str, A
         raise UserError(f"--out {out}: give a file, in a folder that is there")
     _execute(notebook, path)
     _normalise(notebook)
-    _write(out, nbformat.writes(notebook) + "\n")
+    try:
+        save_text(nbformat.writes(notebook) + "\n", out)
+    except OSError as error:
+        raise UserError(f"{out}: {error.strerror}; give an --out that can be written") from error
     return notebook
 
 
@@ -151,21 +154,6 @@ def _joined(outputs: list[NotebookNode]) -> list[NotebookNode]:
         else:
             joined.append(output)
     return joined
-
-
-def _write(path: Path, text: str) -> None:
-    """Write atomically: a reader sees the old file or the new one."""
-    try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-            Path(temporary).chmod(0o644)
-            os.replace(temporary, path)
-        finally:
-            Path(temporary).unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; give an --out that can be written") from error
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -211,26 +211,36 @@ def bench(
 
 @app.command()
 def profile(
-    model: ModelDir,
+    models: Annotated[
+        list[Path], typer.Argument(help="Model folders; a run folder stands for the models of its stages.")
+    ],
     out: Annotated[Path, typer.Option(help="The TensorBoard log folder.")] = Path("runs/profile"),
     engine: EngineName = None,
     prompt_tokens: Annotated[int, typer.Option(min=1)] = 128,
     new_tokens: Annotated[int, typer.Option(min=2)] = 8,
     device: Device = None,
     precision: Precision = None,
-) -> Path:
-    """torch.profiler traces, a kernel table and scalars, for TensorBoard and Perfetto."""
+) -> list[Path]:
+    """torch.profiler traces, a kernel table and scalars of each model, for TensorBoard and Perfetto."""
     from eval.profiling import profile as trace
     from pipeline.checkpoint import load_tokenizer
     from pipeline.data import encode
     from pipeline.engines import default_engine, load_engine
+    from pipeline.stages import BY_NAME
     from pipeline.texts import load_text
 
-    loaded = load_engine(engine or default_engine(model), model, device=device, precision=precision)
-    ids = encode(load_text("embedded:test")[: 40 * prompt_tokens], load_tokenizer(model))
-    folder = trace(loaded, ids, out, name=_run_name(model), prompt_tokens=prompt_tokens, new_tokens=new_tokens)
-    print(f"Traces: {folder}\nOpen:   tensorboard --logdir {out}   (or load the .json in https://ui.perfetto.dev)")
-    return folder
+    text, folders = load_text("embedded:test")[: 40 * prompt_tokens], []
+    for given in models:
+        found = [given / stage / "model" for stage in BY_NAME if (given / stage / "model").is_dir()]
+        for model in found or [given]:
+            loaded = load_engine(engine or default_engine(model), model, device=device, precision=precision)
+            ids = encode(text, load_tokenizer(model))
+            folders.append(
+                trace(loaded, ids, out, name=_run_name(model), prompt_tokens=prompt_tokens, new_tokens=new_tokens)
+            )
+            print(f"Traces: {folders[-1]}", file=sys.stderr)
+    print(f"Open: tensorboard --logdir {out}   (or load the .json in https://ui.perfetto.dev)")
+    return folders
 
 
 @app.command()

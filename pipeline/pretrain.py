@@ -104,7 +104,10 @@ def _pretrain(recipe: Pretrain, files: Sequence[Path], out: Path, validation_tex
 def _same_choices(recipe: Pretrain, files: Sequence[Path], out: Path) -> None:
     """Refuse to mix two trainings in one folder; the length of the schedule may change."""
     lengths = {"steps", "decay_steps", "save_steps", "eval_steps", "log_steps"}
-    texts = {path.name: sha256_file(path) for path in files}
+    try:
+        texts = {path.name: sha256_file(path) for path in files}
+    except OSError as error:
+        raise UserError(f"{error.filename}: {error.strerror}; give a readable text file") from error
     choices = recipe.model_dump(mode="json", exclude=lengths) | {"files": texts}
     path = out / "pretrain.json"
     try:

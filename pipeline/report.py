@@ -1,13 +1,11 @@
 """The report of a run, from its `results.json` alone: figures, `report.html` in one file, `report.md`."""
 
 import base64
-import os
 import re
-import tempfile
 from pathlib import Path
 from typing import Any
 
-from eval.results import Results, load_results
+from eval.results import Results, load_results, save_text
 from plots import FIGURES, findings
 from plots.rows import by_kind, count, measured
 from plots.table import COLUMNS, MARKS, legend, lines, markdown, markdown_table, note
@@ -54,7 +52,7 @@ def write_report(run_folder: Path) -> Path:
     environment.filters["fence"] = fence
     facts = _facts(results, {path.stem: path for path in drawn if path.suffix == ".svg"})
     for name in ("report.md", "report.html"):
-        _write(run_folder / name, environment.get_template(f"{name}.j2").render(facts))
+        save_text(environment.get_template(f"{name}.j2").render(facts), run_folder / name)
     return run_folder / "report.html"
 
 
@@ -150,15 +148,3 @@ def _yaml(recipe: dict[str, Any]) -> str:
     import yaml
 
     return yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=100)
-
-
-def _write(path: Path, text: str) -> None:
-    """Write atomically: a reader sees the old file or the new one."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        Path(temporary).chmod(0o644)
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)

@@ -134,7 +134,8 @@ def test_run_speaks_json(run_copy: Path, cli) -> None:
     assert code == 0 and err.count("up to date") == 7
     document = json.loads(stdout)
     assert document == json.loads((run_copy / "results.json").read_text())
-    assert document["run"]["command"] == f"python -m pipeline run --out {run_copy} --json"
+    again = f"python -m pipeline run --recipe {run_copy}/recipe.yaml --out {run_copy}"
+    assert document["run"]["command"] == again
     code, stdout, _ = cli("run", "--out", run_copy)
     assert stdout.splitlines()[-1] == f"Report: {run_copy / 'report.html'}"
     assert (run_copy / "report.html").stat().st_size > 10_000

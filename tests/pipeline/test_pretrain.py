@@ -169,7 +169,7 @@ def test_the_command(cli, files: list[Path], tiny_texts: dict[str, Path], tmp_pa
 
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(CHOICES | {"validation": str(tiny_texts["evaluation"])}))
-    words = [word for file in files for word in ("--text", file)]
+    words = ("--text", *files)
     code, stdout, err = cli("pretrain", "--recipe", path, *words, "--out", tmp_path / "out", "--set", "steps=6")
     assert (code, stdout) == (0, f"Model: {tmp_path / 'out' / 'model'}\n"), err
     assert "pretrain: step 6/6" in err
