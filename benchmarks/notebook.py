@@ -3,7 +3,6 @@
 import argparse
 import ast
 import asyncio
-import os
 import signal
 import sys
 from collections.abc import Mapping, Sequence
