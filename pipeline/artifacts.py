@@ -152,7 +152,8 @@ class RunFolder:
             lock = (self.path / ".lock").open("w")
         with lock:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # Not flock: a child that some library forked would inherit it, and hold it once this process is gone.
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 raise UserError(
                     f"{self.path}: another run is at work here; wait for it or give another --out"

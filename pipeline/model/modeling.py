@@ -177,6 +177,7 @@ class CompactGPT2LMHeadModel(CompactGPT2PreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.transformer = CompactGPT2Model(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.loss_type = "ForCausalLM"
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Linear:

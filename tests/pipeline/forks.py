@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,32 @@ _WARM = (
     "optimum.exporters.openvino.model_configs",
     "plots",
 )
+
+
+@contextlib.contextmanager
+def holder(folder: Path) -> Iterator[subprocess.Popen[str]]:
+    """A process that holds a run folder; it has a forked child, whose pid is the line it prints."""
+    program = (
+        "import os, sys, time\n"
+        "from pathlib import Path\n"
+        "from pipeline.artifacts import RunFolder\n"
+        "with RunFolder(Path(sys.argv[1])).locked():\n"
+        "    child = os.fork()\n"
+        "    if child:\n"
+        "        print(child, flush=True)\n"
+        "    time.sleep(600)\n"
+    )
+    command = [sys.executable, "-c", program, str(folder)]
+    process = subprocess.Popen(command, cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    child = int(process.stdout.readline())
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+        os.kill(child, signal.SIGKILL)
+        process.stdout.close()
 
 
 class Forks:

@@ -1,7 +1,6 @@
 """Stages are whole or absent, and a manifest proves what a stage holds."""
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forks import holder
 
 from eval.errors import UserError, WorkError
 from pipeline.artifacts import CHECKPOINTS, RunFolder, disk_errors, fingerprint, replace_folder, sha256_tree
@@ -123,12 +123,13 @@ def test_a_file_that_is_not_what_the_manifest_says(run: RunFolder, harm: Any, sa
 
 
 def test_one_process_at_a_time(run: RunFolder) -> None:
-    with (run.path / ".lock").open("w") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
+    with holder(run.path) as other:
         with pytest.raises(UserError, match="another run is at work here"), run.locked():
             pass
-    with run.locked():
-        pass
+        other.kill()
+        other.wait()
+        with run.locked():  # though the child that it forked lives on
+            pass
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from forks import holder
 from transformers import Trainer, TrainerCallback
 
 from eval.errors import UserError, WorkError
-from pipeline.artifacts import RunFolder, sha256_tree
+from pipeline.artifacts import sha256_tree
 from pipeline.checkpoint import load_model, load_tokenizer
 from pipeline.pretrain import pretrain
 from pipeline.recipe import Pretrain, parse_recipe
@@ -140,7 +141,7 @@ def test_less_text_than_a_block(validation: str, tmp_path: Path) -> None:
 
 
 def test_one_training_in_a_folder_at_a_time(files: list[Path], validation: str, tmp_path: Path) -> None:
-    with RunFolder(tmp_path / "out").locked(), pytest.raises(UserError, match="another run is at work here"):
+    with holder(tmp_path / "out"), pytest.raises(UserError, match="another run is at work here"):
         pretrain(recipe(), files, tmp_path / "out", validation)
 
 
