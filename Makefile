@@ -23,7 +23,7 @@ demo: $(VENV)/.ready  ## the whole chain on the embedded model: no network, no G
 	$(BIN)/python -m pipeline run --recipe demo --out $(RUN)
 
 test: $(VENV)/.ready-dev  ## the test suite (under 10 minutes on 2 cores)
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 test-slow: $(VENV)/.ready-dev  ## the proofs that take minutes, full-size among them
 	$(BIN)/python -m pytest -q -m slow
