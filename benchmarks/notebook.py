@@ -113,6 +113,7 @@ def _execute(notebook: NotebookNode, path: Path) -> None:
         timeout=None,
         resources={"metadata": {"path": str(ROOT)}},
         record_timing=False,
+        shutdown_kernel="immediate",  # a graceful end, interrupted, prints tracebacks of its closed sockets
         on_cell_start=begin,
     )
     try:
