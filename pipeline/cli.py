@@ -27,9 +27,12 @@ RecipeName = Annotated[str | None, typer.Option("--recipe", help="A preset (demo
 Set = Annotated[list[str] | None, typer.Option("--set", help="Change one recipe key, as in prune.ratio=0.3.")]
 ModelDir = Annotated[Path, typer.Argument(help="A model folder: safetensors in Hub format, or an OpenVINO IR.")]
 EngineName = Annotated[
-    str | None, typer.Option("--engine", help="torch or openvino; by default what the folder holds.")
+    str | None,
+    typer.Option("--engine", help="torch, cuda (own kernels) or openvino; by default torch, or openvino for an IR."),
 ]
-Device = Annotated[str | None, typer.Option(help="cpu or cuda:0 (torch only); by default the GPU if there is one.")]
+Device = Annotated[
+    str | None, typer.Option(help="cpu or cuda:0 (not for openvino); by default the GPU if there is one.")
+]
 Precision = Annotated[str | None, typer.Option(help="fp32, fp16, bf16 or int8; by default what the folder holds.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else on stdout.")]
 Force = Annotated[bool, typer.Option(help="Make the stage again although it is up to date.")]

@@ -27,6 +27,7 @@ def diagnose() -> list[dict[str, Any]]:
     checks: list[tuple[str, Callable[[], tuple[bool, str]]]] = [
         ("CPU", _cpu),
         ("GPU", _gpu),
+        ("CUDA engine", _cuda_engine),
         ("OpenVINO", _openvino),
         ("embedded model", _embedded),
         ("Hub access", _hub),
@@ -69,6 +70,18 @@ def _gpu() -> tuple[bool, str]:
     if gpu is None:
         return False, f"{hardware.why_no_gpu()}; GPU rows are left out"
     return True, f"{gpu['name']}, {gpu['memory'] / 2**30:.0f} GiB, sm_{gpu['capability'].replace('.', '')}"
+
+
+def _cuda_engine() -> tuple[bool, str]:
+    from cuda_ext import CudaExtError, why_not
+    from cuda_ext.build import find_nvcc
+
+    try:
+        compiler = find_nvcc()
+    except CudaExtError as error:
+        return False, str(error)
+    reason = why_not()
+    return reason is None, f"{reason or 'a GPU is here'}; kernels compile with {compiler}"
 
 
 def _openvino() -> tuple[bool, str]:

@@ -20,6 +20,7 @@ from pipeline.artifacts import Manifest, RunFolder, fingerprint, tree_bytes, ver
 from pipeline.checkpoint import load_tokenizer
 from pipeline.data import encode, sha256_text
 from pipeline.engines import load_engine
+from pipeline.engines.cuda import why_not as why_no_kernels
 from pipeline.recipe import Measure, Recipe
 from pipeline.texts import load_text
 
@@ -50,10 +51,14 @@ class Subject:
 def subjects(stages: Sequence[str]) -> list[Subject]:
     """The rows that these finished stages call for, in the table's order."""
     no_gpu = hardware.why_no_gpu()
+    no_kernels = why_no_kernels()
     no_bf16 = None if hardware.cpu_has_bf16() else "this CPU has no bf16 units"
 
     def gpu(stage: str, folder: str, precision: str, role: str = "chain") -> Subject:
         return Subject(stage, folder, "torch", "cuda:0", precision, role, skipped=no_gpu)
+
+    def kernels(stage: str, folder: str) -> Subject:
+        return Subject(stage, folder, "cuda", "cuda:0", "fp16", skipped=no_kernels)
 
     def ir(folder: str, precision: str, role: str = "baseline", skipped: str | None = None) -> Subject:
         return Subject("quantize", folder, "openvino", "cpu", precision, role, skipped=skipped)
@@ -62,8 +67,16 @@ def subjects(stages: Sequence[str]) -> list[Subject]:
         "load": [Subject("load", "model", "torch", "cpu", "fp32"), gpu("load", "model", "fp32")],
         # On a CPU the FP16 weights are computed in FP32, so only their quality is news.
         "half": [Subject("half", "model", "torch", "cpu", "fp16", timed=False), gpu("half", "model", "fp16")],
-        "prune": [Subject("prune", "model", "torch", "cpu", "fp16"), gpu("prune", "model", "fp16")],
-        "finetune": [Subject("finetune", "model", "torch", "cpu", "fp32"), gpu("finetune", "model_fp16", "fp16")],
+        "prune": [
+            Subject("prune", "model", "torch", "cpu", "fp16"),
+            gpu("prune", "model", "fp16"),
+            kernels("prune", "model"),
+        ],
+        "finetune": [
+            Subject("finetune", "model", "torch", "cpu", "fp32"),
+            gpu("finetune", "model_fp16", "fp16"),
+            kernels("finetune", "model_fp16"),
+        ],
         "quantize": [
             ir("ir_fp32", "fp32"),
             ir("ir_fp32", "bf16", skipped=no_bf16),

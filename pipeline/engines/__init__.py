@@ -6,19 +6,23 @@ from pathlib import Path
 from eval.engine import Engine
 from eval.errors import UserError
 
-ENGINES = ("torch", "openvino")
+ENGINES = ("torch", "cuda", "openvino")
 
 
 def load_engine(name: str, folder: Path, *, device: str | None = None, precision: str | None = None) -> Engine:
     """The engine `name` on a model folder.
 
-    `device` (torch only) defaults to the GPU where there is one; `precision` to what the folder
+    `device` (not for openvino) defaults to the GPU where there is one; `precision` to what the folder
     holds. Raises `UserError` for an unknown engine, or a folder that the engine cannot run.
     """
     if name == "torch":
         from pipeline.engines.torch import TorchEngine
 
         return TorchEngine.from_folder(folder, device=device, precision=precision)
+    if name == "cuda":
+        from pipeline.engines.cuda import CudaEngine
+
+        return CudaEngine.from_folder(folder, device=device, precision=precision)
     if name == "openvino":
         from pipeline.engines.openvino import OpenVINOEngine
 

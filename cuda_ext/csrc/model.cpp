@@ -1,0 +1,194 @@
+#include "model.h"
+
+#include <algorithm>
+
+namespace headroom {
+namespace {
+
+constexpr int kMaxSplits = 64;
+constexpr size_t kMatvecShared = 48 * 1024;  // what every architecture gives without asking
+
+int most_heads(const Model& model) {
+    int most = 0;
+    for (const Layer& layer : model.layers) most = std::max(most, layer.heads);
+    return most;
+}
+
+// The parts of the workspace, each 256-byte aligned.
+struct Workspace {
+    float* x;          // the residual stream [rows, ld_width]
+    half* normal;      // after LayerNorm [rows, ld_width]
+    half* qkv;         // [rows, 3 * heads * head_dim]; in decode, q alone
+    half* attention;   // [rows, heads * head_dim]
+    half* inner;       // [rows, ld_inner]
+    float* partial;    // of split attention
+    unsigned* counters;
+    size_t bytes;
+
+    Workspace(const Model& model, void* base, int batch, int length) {
+        const size_t rows = static_cast<size_t>(batch) * length, heads = most_heads(model);
+        auto* next = static_cast<unsigned char*>(base);
+        auto carve = [&](auto*& part, size_t count) {
+            part = reinterpret_cast<std::remove_reference_t<decltype(part)>>(next);
+            next += round_up<size_t>(count * sizeof(*part), 256);
+        };
+        carve(x, rows * model.ld_width);
+        carve(normal, rows * model.ld_width);
+        carve(qkv, rows * 3 * heads * model.head_dim);
+        carve(attention, rows * heads * model.head_dim);
+        carve(inner, rows * model.ld_inner);
+        carve(partial, static_cast<size_t>(batch) * heads * kMaxSplits * (model.head_dim + 2));
+        carve(counters, static_cast<size_t>(batch) * heads);
+        bytes = static_cast<size_t>(next - static_cast<unsigned char*>(base));
+    }
+};
+
+// The largest tile that still gives a large GPU's multiprocessors something to do each.
+int tile_for(int m, int n) {
+    constexpr int kBlocks = 100;
+    const auto blocks = [&](int bm, int bn) { return ceil_div(m, bm) * ceil_div(n, bn); };
+    if (m <= 16) return 4;
+    if (m <= 32) return n < 4096 ? 5 : 3;
+    if (blocks(128, 128) >= kBlocks) return 0;
+    if (blocks(128, 64) >= kBlocks) return 1;
+    return 2;
+}
+
+// Runs launches one after the other and keeps the first error.
+struct Sequence {
+    int error = 0;
+    void operator()(int result) { error = error != 0 ? error : result; }
+};
+
+int product(const half* a, int ld_a, const half* weight, int ld_weight, const half* bias, void* out, int ld_out, int m,
+            int n, int k, Epilogue epilogue, Stream stream) {
+    const Gemm problem{a, weight, bias, static_cast<half*>(out), static_cast<float*>(out), m, n, k, ld_a, ld_weight, ld_out,
+                       epilogue};
+    return gemm(problem, tile_for(m, n), stream);
+}
+
+// A layer's feed-forward half, for many rows.
+int feed_forward(const Model& model, const Layer& layer, const Workspace& w, int rows, Stream stream) {
+    Sequence run;
+    run(layer_norm(w.x, nullptr, layer.ln2_gain, layer.ln2_bias, w.normal, rows, model.width, model.ld_width,
+                   model.ld_width, model.epsilon, stream));
+    run(product(w.normal, model.ld_width, layer.fc_weight, model.ld_width, layer.fc_bias, w.inner, model.ld_inner, rows,
+                model.inner, model.width, Epilogue::kGelu, stream));
+    run(product(w.inner, model.ld_inner, layer.proj_weight, model.ld_inner, layer.proj_bias, w.x, model.ld_width, rows,
+                model.width, model.inner, Epilogue::kResidual, stream));
+    return run.error;
+}
+
+// Queries, keys and values of many rows, the latter into the cache.
+int project(const Model& model, const Layer& layer, const Workspace& w, const int* start, const int* lengths, int batch,
+            int length, Stream stream) {
+    const int rows = batch * length, all = layer.heads * model.head_dim;
+    Sequence run;
+    run(layer_norm(w.x, nullptr, layer.ln1_gain, layer.ln1_bias, w.normal, rows, model.width, model.ld_width,
+                   model.ld_width, model.epsilon, stream));
+    run(product(w.normal, model.ld_width, layer.qkv_weight, model.ld_width, layer.qkv_bias, w.qkv, 3 * all, rows, 3 * all,
+                model.width, Epilogue::kHalf, stream));
+    run(kv_append(w.qkv, 3 * all, layer.cache, start, lengths, batch, length, stream));
+    return run.error;
+}
+
+int add_attention(const Model& model, const Layer& layer, const Workspace& w, int rows, Stream stream) {
+    const int all = layer.heads * model.head_dim;
+    return product(w.attention, all, layer.out_weight, all, layer.out_bias, w.x, model.ld_width, rows, model.width, all,
+                   Epilogue::kResidual, stream);
+}
+
+// LayerNorm and LM head of the rows that `rows` lists, or of the first `count`.
+int head(const Model& model, const Workspace& w, const int* rows, int count, float* logits, int ld_logits,
+         Stream stream) {
+    if (count == 0) return 0;  // a chunk in which no sequence ends
+    Sequence run;
+    run(layer_norm(w.x, rows, model.lnf_gain, model.lnf_bias, w.normal, count, model.width, model.ld_width,
+                   model.ld_width, model.epsilon, stream));
+    run(product(w.normal, model.ld_width, model.wte, model.ld_width, nullptr, logits, ld_logits, count, model.vocabulary,
+                model.width, Epilogue::kFloat, stream));
+    return run.error;
+}
+
+int decode_rows(const Model& model, const Workspace& w, const int* position, const int* lengths, int batch, int splits,
+                float* logits, int ld_logits, bool dependent, Stream stream) {
+    Sequence run;
+    Matvec base{};
+    base.x = w.x, base.ld_x = model.ld_width, base.epsilon = model.epsilon, base.rows = batch;
+    const auto from_residual = [&](const half* gain, const half* shift, const half* weight, const half* bias, int n) {
+        Matvec p = base;
+        p.gain = gain, p.shift = shift, p.weight = weight, p.bias = bias, p.n = n, p.k = model.width;
+        p.ld_weight = model.ld_width;
+        return p;
+    };
+    const auto to_residual = [&](const half* x, int ld_x, const half* weight, const half* bias, int k) {
+        Matvec p = base;
+        p.x_half = x, p.ld_x = ld_x, p.weight = weight, p.bias = bias, p.n = model.width, p.k = k, p.ld_weight = ld_x;
+        p.out = MatvecOut::kResidual, p.out_float = w.x, p.ld_out = model.ld_width;
+        run(matvec(p, dependent, stream));
+    };
+    for (const Layer& layer : model.layers) {
+        const int all = layer.heads * model.head_dim;
+        Matvec qkv = from_residual(layer.ln1_gain, layer.ln1_bias, layer.qkv_weight, layer.qkv_bias, 3 * all);
+        qkv.out = MatvecOut::kQkv, qkv.out_half = w.qkv, qkv.ld_out = all, qkv.cache = layer.cache, qkv.position = position;
+        run(matvec(qkv, dependent, stream));
+        run(attention_decode(w.qkv, all, layer.cache, lengths, w.attention, all, batch, splits, w.partial, w.counters,
+                             dependent, stream));
+        to_residual(w.attention, all, layer.out_weight, layer.out_bias, all);
+        Matvec fc = from_residual(layer.ln2_gain, layer.ln2_bias, layer.fc_weight, layer.fc_bias, model.inner);
+        fc.out = MatvecOut::kGelu, fc.out_half = w.inner, fc.ld_out = model.ld_inner;
+        run(matvec(fc, dependent, stream));
+        to_residual(w.inner, model.ld_inner, layer.proj_weight, layer.proj_bias, model.inner);
+    }
+    Matvec last = from_residual(model.lnf_gain, model.lnf_bias, model.wte, nullptr, model.vocabulary);
+    last.out = MatvecOut::kFloat, last.out_float = logits, last.ld_out = ld_logits;
+    run(matvec(last, dependent, stream));
+    return run.error;
+}
+
+}  // namespace
+
+size_t workspace_bytes(const Model& model, int batch, int length) {
+    return Workspace(model, nullptr, batch, length).bytes;
+}
+
+int prefill(const Model& model, void* workspace, const int* tokens, const int* start, const int* lengths,
+            const int* rows, int row_count, int batch, int length, float* logits, int ld_logits, Stream stream) {
+    const Workspace w(model, workspace, batch, length);
+    Sequence run;
+    run(embed(tokens, start, model.wte, model.wpe, w.x, batch, length, model.context, model.ld_width, stream));
+    for (const Layer& layer : model.layers) {
+        const int all = layer.heads * model.head_dim;
+        run(project(model, layer, w, start, lengths, batch, length, stream));
+        run(attention_prefill(w.qkv, 3 * all, layer.cache, start, lengths, w.attention, all, batch, length, stream));
+        run(add_attention(model, layer, w, batch * length, stream));
+        run(feed_forward(model, layer, w, batch * length, stream));
+    }
+    run(head(model, w, rows, rows != nullptr ? row_count : batch * length, logits, ld_logits, stream));
+    return run.error;
+}
+
+int decode(const Model& model, void* workspace, const int* tokens, const int* position, const int* lengths, int batch,
+           int splits, float* logits, int ld_logits, bool dependent, Stream stream) {
+    const Workspace w(model, workspace, batch, 1);
+    splits = std::clamp(splits, 1, kMaxSplits);
+    Sequence run;
+    run(embed(tokens, position, model.wte, model.wpe, w.x, batch, 1, model.context, model.ld_width, stream));
+    const int rows = batch <= 2 ? batch : batch <= 4 ? 4 : kMatvecRows;  // as matvec rounds them up
+    if (batch <= kMatvecRows && rows * (std::max(model.ld_inner, model.ld_width) * 2 + 16u) <= kMatvecShared) {
+        run(decode_rows(model, w, position, lengths, batch, splits, logits, ld_logits, dependent, stream));
+        return run.error;
+    }
+    for (const Layer& layer : model.layers) {
+        const int all = layer.heads * model.head_dim;
+        run(project(model, layer, w, position, nullptr, batch, 1, stream));
+        run(attention_decode(w.qkv, 3 * all, layer.cache, lengths, w.attention, all, batch, splits, w.partial, w.counters,
+                             false, stream));
+        run(add_attention(model, layer, w, batch, stream));
+        run(feed_forward(model, layer, w, batch, stream));
+    }
+    run(head(model, w, nullptr, batch, logits, ld_logits, stream));
+    return run.error;
+}
+
+}  // namespace headroom

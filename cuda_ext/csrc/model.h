@@ -1,0 +1,38 @@
+// A checkpoint on the device, and the forward pass over it: ops.h's operations in order.
+#pragma once
+
+#include <vector>
+
+#include "ops.h"
+
+namespace headroom {
+
+struct Layer {
+    int heads;
+    const half *ln1_gain, *ln1_bias, *qkv_weight, *qkv_bias, *out_weight, *out_bias;
+    const half *ln2_gain, *ln2_bias, *fc_weight, *fc_bias, *proj_weight, *proj_bias;
+    KvCache cache;
+};
+
+struct Model {
+    int width, inner, vocabulary, context, head_dim;
+    int ld_width, ld_inner;  // width and inner, padded with zeros to a multiple of 8
+    float epsilon;
+    const half *wte, *wpe, *lnf_gain, *lnf_bias;
+    std::vector<Layer> layers;  // rows of out_weight are heads * head_dim apart
+};
+
+// What a forward pass writes on its way, carved from one buffer that starts as zeros (the padding columns stay so).
+size_t workspace_bytes(const Model& model, int batch, int length);
+
+// New tokens [batch, length] behind start[b] cached ones; lengths[b] of them count, the rest is padding on the right.
+// logits: FP32, rows ld_logits apart, of the rows [batch * length] that `rows` lists (`row_count` of them), or of all.
+int prefill(const Model& model, void* workspace, const int* tokens, const int* start, const int* lengths,
+            const int* rows, int row_count, int batch, int length, float* logits, int ld_logits, Stream stream);
+
+// One token a sequence at position[b]; lengths[b] = position[b] + 1. logits: FP32 [batch, vocabulary].
+// `splits`: over how many blocks a head's keys are spread. `dependent`: programmatic dependent launch (sm_90).
+int decode(const Model& model, void* workspace, const int* tokens, const int* position, const int* lengths, int batch,
+           int splits, float* logits, int ld_logits, bool dependent, Stream stream);
+
+}  // namespace headroom

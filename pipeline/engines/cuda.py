@@ -1,0 +1,83 @@
+"""Run a checkpoint by Headroom's own CUDA kernels (`cuda_ext`)."""
+
+from pathlib import Path
+from typing import Self
+
+import torch
+
+import cuda_ext
+from cuda_ext import CudaExtError, Engine, ops
+from cuda_ext.packing import Packed, pack
+from eval.errors import UserError
+from pipeline import hardware
+
+
+def why_not() -> str | None:
+    """Why the engine cannot run on this machine's GPU, in one phrase; None where it can. Compiles it if need be."""
+    reason = hardware.why_no_gpu() or cuda_ext.why_not()
+    if reason is None:
+        try:
+            ops.library("cuda")
+        except CudaExtError as error:
+            reason = str(error).splitlines()[0]
+    return reason
+
+
+class CudaEngine:
+    """`cuda_ext.Engine` as an `eval.engine.Engine`; it plans itself anew for the largest batch it meets."""
+
+    name = "cuda"
+    precision = "fp16"
+
+    def __init__(self, packed: Packed, device: str):
+        self._packed = packed
+        self.device = device
+        self.context = packed.shape.context
+        self.vocab_size = packed.shape.vocabulary
+        self._engine = Engine(packed, device=device)
+        self.compute = "FP16 weights and activations, FP32 sums and residual stream, own kernels"
+        self.compute += ", CUDA graph" if device != "cpu" else ", on the CPU (to test them: slow)"
+
+    @classmethod
+    def from_folder(cls, folder: Path, *, device: str | None = None, precision: str | None = None) -> Self:
+        """The engine on a model folder. `device` "cpu" runs the kernels' source on the CPU, as the tests do.
+
+        Raises `UserError` for another precision than fp16, no usable GPU, or an unusable folder.
+        """
+        if precision not in (None, "fp16"):
+            raise UserError(f"engine cuda: precision {precision!r}; it runs fp16 alone")
+        reason = None if device == "cpu" else why_not()
+        if reason is not None:
+            raise UserError(f"engine cuda: {reason}; give --engine torch")
+        try:
+            return cls(pack(folder), device or "cuda:0")
+        except CudaExtError as error:
+            raise UserError(str(error)) from error
+
+    def logits(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """See `eval.engine.Engine`."""
+        return self._for(input_ids).forward(input_ids)
+
+    def prefill(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """See `eval.engine.Engine`."""
+        if input_ids.shape[1] > self.context:
+            raise UserError(f"the text is longer than the model's context of {self.context} tokens; give a shorter one")
+        return self._for(input_ids).prefill(input_ids)
+
+    def decode(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """See `eval.engine.Engine`."""
+        try:
+            return self._engine.decode(token_ids).clone()
+        except CudaExtError as error:
+            raise UserError(str(error)) from error
+
+    def synchronize(self) -> None:
+        """See `eval.engine.Engine`."""
+        if self.device != "cpu":
+            torch.cuda.synchronize(self.device)
+
+    def _for(self, input_ids: torch.Tensor) -> Engine:
+        batch = input_ids.shape[0]
+        if batch > self._engine.max_batch:
+            self._engine = Engine(self._packed, device=self.device, max_batch=batch)
+        return self._engine

@@ -1,0 +1,73 @@
+// ops.h's launchers with plain arguments, for ctypes. Streams are left out: the CPU has none.
+#include "ops.h"
+
+using namespace headroom;
+
+extern "C" {
+
+int hr_embed(const int* tokens, const int* start, const half* wte, const half* wpe, float* x, int batch, int length,
+             int context, int ld) {
+    return embed(tokens, start, wte, wpe, x, batch, length, context, ld, nullptr);
+}
+
+int hr_layer_norm(const float* x, const int* rows, const half* gain, const half* bias, half* out, int count, int width,
+                  int ld_x, int ld_out, float epsilon) {
+    return layer_norm(x, rows, gain, bias, out, count, width, ld_x, ld_out, epsilon, nullptr);
+}
+
+int hr_gemm_variants() { return gemm_variants(); }
+
+int hr_gemm(const half* a, const half* weight, const half* bias, void* out, int m, int n, int k, int ld_a,
+            int ld_weight, int ld_out, int epilogue, int variant) {
+    const auto as = static_cast<Epilogue>(epilogue);
+    return gemm({a, weight, bias, static_cast<half*>(out), static_cast<float*>(out), m, n, k, ld_a, ld_weight, ld_out, as},
+                variant, nullptr);
+}
+
+int hr_kv_append(const half* qkv, int ld_qkv, half* k, half* v, int heads, int capacity, int head_dim, const int* start,
+                 const int* lengths, int batch, int length) {
+    return kv_append(qkv, ld_qkv, {k, v, heads, capacity, head_dim}, start, lengths, batch, length, nullptr);
+}
+
+int hr_attention_prefill(const half* qkv, int ld_qkv, half* k, half* v, int heads, int capacity, int head_dim,
+                         const int* start, const int* lengths, half* out, int ld_out, int batch, int length) {
+    return attention_prefill(qkv, ld_qkv, {k, v, heads, capacity, head_dim}, start, lengths, out, ld_out, batch, length,
+                             nullptr);
+}
+
+int hr_attention_decode(const half* q, int ld_q, half* k, half* v, int heads, int capacity, int head_dim,
+                        const int* lengths, half* out, int ld_out, int batch, int splits, float* partial,
+                        unsigned* counters) {
+    return attention_decode(q, ld_q, {k, v, heads, capacity, head_dim}, lengths, out, ld_out, batch, splits, partial,
+                            counters, false, nullptr);
+}
+
+int hr_matvec(const void* x, int ld_x, const half* gain, const half* shift, float epsilon, const half* weight,
+              const half* bias, int rows, int n, int k, int ld_weight, int out_kind, void* out, int ld_out,
+              half* cache_k, half* cache_v, int heads, int capacity, int head_dim, const int* position) {
+    Matvec p{};
+    p.x = static_cast<const float*>(x);
+    p.x_half = static_cast<const half*>(x);
+    p.ld_x = ld_x;
+    p.gain = gain, p.shift = shift, p.epsilon = epsilon;
+    p.weight = weight, p.bias = bias;
+    p.rows = rows, p.n = n, p.k = k, p.ld_weight = ld_weight;
+    p.out = static_cast<MatvecOut>(out_kind);
+    p.out_half = static_cast<half*>(out), p.out_float = static_cast<float*>(out), p.ld_out = ld_out;
+    p.cache = {cache_k, cache_v, heads, capacity, head_dim};
+    p.position = position;
+    return matvec(p, false, nullptr);
+}
+
+int hr_sample(const float* logits, int ld_logits, int vocabulary, int batch, float temperature, int top_k, float top_p,
+              uint64_t seed, int* step, int* tokens) {
+    return sample(logits, ld_logits, vocabulary, batch, {temperature, top_k, top_p, seed}, step, tokens, nullptr);
+}
+
+int hr_advance(int* tokens, int* position, int* lengths, int* step, int* finished, int* history, const int* stop,
+               int stop_count, int pad, int batch, int history_capacity, int capacity) {
+    return advance({tokens, position, lengths, step, finished, history, stop, stop_count, pad, batch, history_capacity,
+                    capacity},
+                   nullptr);
+}
+}

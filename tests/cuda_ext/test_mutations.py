@@ -1,0 +1,175 @@
+"""The tests of the kernels catch faults: with one barrier less, or one index off by one, they fail.
+
+Each mutation changes one place in a copy of `csrc/` and runs the tests that watch over it, in this process, on
+the copy. They must fail, in a test's body and not in the build; and without the mutation they must pass.
+"""
+
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from cuda_ext import host_build
+
+HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """In `source`, below csrc, `old` becomes `new`, the first time that it occurs behind `after`."""
+
+    source: str
+    old: str
+    new: str
+    tests: str  # a file of this folder, and with " -k words" those of its tests that watch this place
+    after: str = ""
+
+
+BLOCK_SUM = "test_host_runtime.py -k block_sum"
+NORM = "test_norm_and_embedding.py -k test_layer_norm"
+GEMM = "test_gemm.py -k any_order"
+PREFILL = "test_attention.py -k behind_a_past"
+DECODE = "test_attention.py -k decode_in_any_order"
+MATVEC = "test_matvec.py -k any_order"
+SAMPLE = "test_sample.py -k seed_row_and_step"
+
+MUTATIONS = {
+    "block_sum: reads before all warps wrote": Mutation(
+        "device.h", "sync_block();", "", BLOCK_SUM, after="float block_sum("
+    ),
+    "block_sum: leaves while others still read": Mutation(
+        "device.h", "sync_block();", "", BLOCK_SUM, after="total = warp_sum(total);"
+    ),
+    "warp_sum: of half a warp": Mutation("device.h", "offset = kWarp / 2", "offset = kWarp / 4", BLOCK_SUM),
+    "layer_norm: one column too few": Mutation("kernels/layer_norm.cu", "column < width", "column < width - 1", NORM),
+    "layer_norm: the row after": Mutation("kernels/layer_norm.cu", "rows[row] : row", "rows[row] : row ^ 1", NORM),
+    "layer_norm: no zeros in the padding": Mutation(
+        "kernels/layer_norm.cu", "column < ld_out", "column < width", NORM
+    ),
+    "gemm: reads a stage that is not there for all": Mutation(
+        "kernels/gemm.cu", "sync_block();", "", GEMM, after="cp_async_wait<T::STAGES - 2>"
+    ),
+    "gemm: waits for one slice too few": Mutation(
+        "kernels/gemm.cu", "cp_async_wait<T::STAGES - 2>", "cp_async_wait<T::STAGES - 1>", GEMM
+    ),
+    "gemm: fills the stage that is read": Mutation(
+        "kernels/gemm.cu", "next = slice + T::STAGES - 1", "next = slice + T::STAGES", GEMM
+    ),
+    "gemm: sums over a ring that is still read": Mutation(
+        "kernels/gemm.cu", "sync_block();", "", GEMM, after="float* mine ="
+    ),
+    "gemm: adds sums that are not there": Mutation(
+        "kernels/gemm.cu", "sync_block();", "", GEMM, after="if (warp_k > 0) mine["
+    ),
+    "gemm: one output column to the right": Mutation(
+        "kernels/gemm.cu", "* 8 + lane % 4 * 2;", "* 8 + lane % 4 * 2 + 1;", GEMM
+    ),
+    "prefill: queries before they are there": Mutation(
+        "kernels/attention_prefill.cu", "sync_block();", "", PREFILL, after="cp_async_wait<0>();"
+    ),
+    "prefill: keys over queries that are still read": Mutation(
+        "kernels/attention_prefill.cu", "sync_block();", "", PREFILL, after="ldmatrix_x4(q[d]"
+    ),
+    "prefill: keys before they are there": Mutation(
+        "kernels/attention_prefill.cu", "sync_block();", "", PREFILL, after="cp_async_wait<1>();"
+    ),
+    "prefill: keys over keys that are still read": Mutation(
+        "kernels/attention_prefill.cu", "sync_block();", "", PREFILL, after="mma_16816(sums[d + 1]"
+    ),
+    "prefill: sees one key too many": Mutation(
+        "kernels/attention_prefill.cu", "border && key > row_position", "border && key > 1 + row_position", PREFILL
+    ),
+    "decode: merges before all groups wrote": Mutation(
+        "kernels/attention_decode.cu", "sync_block();", "", DECODE
+    ),
+    "decode: counts a block whose part is not written": Mutation(
+        "kernels/attention_decode.cu", "sync_block();", "", DECODE, after="fence_device();"
+    ),
+    "decode: looks at the count before it is taken": Mutation(
+        "kernels/attention_decode.cu", "sync_block();", "", DECODE, after="if (thread == 0) *arrived"
+    ),
+    "decode: one key too few": Mutation("kernels/attention_decode.cu", "key < end;", "key < end - 1;", DECODE),
+    "matvec: sums before all warps wrote": Mutation("kernels/matvec.cu", "sync_block();", "", MATVEC),
+    "matvec: the next sums over these": Mutation(
+        "kernels/matvec.cu", "sync_block();", "", MATVEC, after="values[r] += scratch["
+    ),
+    "matvec: multiplies rows that are not there": Mutation(
+        "kernels/matvec.cu", "sync_block();", "", MATVEC, after="copy_rows<ROWS>(p, rows, width);"
+    ),
+    "matvec: the chunk after": Mutation(
+        "kernels/matvec.cu", "fetch(chunk + kWarp)", "fetch(chunk + kWarp + 1)", MATVEC
+    ),
+    "sample: the argmax before all warps wrote": Mutation(
+        "kernels/sample.cu", "sync_block();", "", SAMPLE, after="keys[kWarps + warp_id()] ="
+    ),
+    "sample: draws before all threads offered": Mutation(
+        "kernels/sample.cu", "sync_block();", "", SAMPLE, after="atomic_min(drawn"
+    ),
+}  # fmt: skip
+
+
+class Outcome:
+    """A pytest plugin that notes what failed, and where."""
+
+    def __init__(self) -> None:
+        self.passed = 0
+        self.failed: list[str] = []
+        self.broken: list[str] = []  # no verdict on the kernel: collection, fixtures, builds
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed:
+            no_verdict = report.when != "call" or "HostBuildError" in report.longreprtext
+            (self.broken if no_verdict else self.failed).append(f"{report.nodeid}\n{report.longreprtext}")
+        elif report.when == "call" and report.passed:
+            self.passed += 1
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.failed:
+            self.broken.append(report.longreprtext)
+
+
+def run_tests(tests: str) -> Outcome:
+    """Runs `tests` up to the first failure in a session of its own within this process, with fresh modules."""
+    file, *options = tests.split(" ", 2)
+    names = ("conftest", Path(file.partition("::")[0]).stem)
+    outcome, kept = Outcome(), {name: sys.modules.pop(name, None) for name in names}
+    try:
+        quiet = ["-x", "-s", "-p", "no:terminal", "-p", "no:cacheprovider", "-p", "no:faulthandler"]
+        pytest.main([*quiet, str(HERE / file), *options], plugins=[outcome])
+    finally:
+        for name, module in kept.items():
+            sys.modules.pop(name, None)
+            if module is not None:
+                sys.modules[name] = module
+    assert not outcome.broken, outcome.broken[0]
+    assert outcome.passed or outcome.failed, f"{tests}: no tests"
+    return outcome
+
+
+@pytest.fixture
+def csrc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A copy of csrc/ that host_library builds from."""
+    copy = Path(shutil.copytree(host_build.CSRC, tmp_path / "csrc"))
+    monkeypatch.setattr(host_build, "CSRC", copy)
+    yield copy
+    shutil.rmtree(copy)
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_a_mutated_kernel_fails_its_tests(csrc: Path, name: str) -> None:
+    mutation = MUTATIONS[name]
+    path = csrc / mutation.source
+    text = path.read_text()
+    place = text.find(mutation.old, text.find(mutation.after) + len(mutation.after))
+    found = mutation.after in text and place >= 0
+    assert found, f"{mutation.source} no longer holds {mutation.old!r} behind {mutation.after!r}: mend the table"
+    path.write_text(text[:place] + mutation.new + text[place + len(mutation.old) :])
+    assert run_tests(mutation.tests).failed, f"{mutation.tests} passes though {name}"
+
+
+@pytest.mark.parametrize("tests", sorted({mutation.tests for mutation in MUTATIONS.values()}))
+def test_the_same_tests_pass_without_a_mutation(csrc: Path, tests: str) -> None:
+    assert not run_tests(tests).failed
