@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 RUN    := runs/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow full-size lint format gpu notebook tensorboard clean
+.PHONY: help demo test test-slow full-size lint format cuda cuda-check gpu notebook tensorboard clean
 
 help:  ## what there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -39,6 +39,12 @@ lint: $(VENV)/.ready-dev  ## ruff, ruff-format, mypy
 format: $(VENV)/.ready-dev  ## let ruff mend what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+cuda:  ## compile the CUDA kernels ahead of their first use (HEADROOM_CUDA_ARCHS="80;90a" without a GPU)
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,python3) -m cuda_ext.build
+
+cuda-check: $(VENV)/.ready  ## compile all kernels for sm_75 to sm_120, no GPU needed; fails on register spills
+	$(BIN)/python -m cuda_ext.build --check
 
 gpu:  ## on a machine with a GPU (its own python3, torch and pytest): GPU tests, then timings to JSON
 	python3 -m pytest -q -m gpu tests/gpu

@@ -1,6 +1,7 @@
 """Runs a CompactGPT2, dense or pruned, by our own kernels: FP16 weights and activations, FP32 sums."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
@@ -34,6 +35,20 @@ def is_available() -> bool:
     return why_not() is None
 
 
+@dataclass(frozen=True)
+class _Draw:
+    """How tokens are drawn; temperature 0 takes the likeliest."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    seed: int
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
+            raise CudaExtError(f"{self}: give temperature >= 0, top_k >= 0 and 0 < top_p <= 1")
+
+
 class Engine:
     """A checkpoint with its KV cache on one device; every buffer is planned here, none is made while decoding.
 
@@ -64,8 +79,12 @@ class Engine:
         self._logits = torch.empty(max_batch, shape.vocabulary, dtype=torch.float32, device=self.device)
         # Of each sequence: the token last read, its position, how many are cached.
         self._tokens, self._position, self._lengths = (self._ints(max_batch) for _ in range(3))
+        # Of sampling: tokens drawn so far, whether a stop token came, and all that were drawn.
+        self._drawn, self._finished = self._ints(max_batch), self._ints(max_batch)
+        self._history = self._ints(max_batch, capacity)
         self._batch, self._longest = 0, 0  # as the host knows them
-        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._graphs: dict[tuple[object, ...], torch.cuda.CUDAGraph] = {}
+        self._stop_tokens: dict[tuple[int, ...], Tensor] = {}
 
     @classmethod
     def from_checkpoint(
@@ -140,9 +159,26 @@ class Engine:
         self._tokens[: self._batch] = token_ids.to(self.device, torch.int32)
         self._position[: self._batch] += 1
         self._lengths[: self._batch] += 1
-        self._step(self._batch)
+        self._replay((self._batch,), lambda: self._launch(self._batch))
         self._longest += 1
         return self._logits[: self._batch]
+
+    def extend(
+        self, count: int, *, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, seed: int = 0
+    ) -> Tensor:
+        """Draw and append `count` tokens a sequence behind what is held: int32 [batch, count], on the device.
+
+        Nothing waits for the device. Each call draws anew from `seed`.
+        """
+        batch = self._batch
+        if batch == 0:
+            raise CudaExtError("extend has nothing to go on from; prefill first")
+        self._make_room(count)
+        step = self._sampler(_Draw(temperature, top_k, top_p, seed), ())
+        for _ in range(count):
+            step()
+        self._longest += count
+        return self._history[:batch, :count].clone()
 
     def generate(
         self,
@@ -160,47 +196,58 @@ class Engine:
         """Continue prompts by up to `max_new_tokens`; temperature 0 takes the likeliest token.
 
         A sequence ends at a token of `stop`, which it keeps. Sampling, stopping and the next step stay on the
-        device. `on_tokens` gets each step's tokens (a finished sequence repeats the first stop token) one
+        device. `on_tokens` gets each step's tokens (a finished sequence repeats token 0) one
         step late, so that the GPU never waits for it.
         """
-        if max_new_tokens < 1 or temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
-            raise CudaExtError("give max_new_tokens >= 1, temperature >= 0, top_k >= 0 and 0 < top_p <= 1")
+        if max_new_tokens < 1:
+            raise CudaExtError(f"max_new_tokens is {max_new_tokens}; give 1 or more")
+        how = _Draw(temperature, top_k, top_p, seed)
         self.prefill(input_ids, lengths)
         batch = self._batch
         self._make_room(max_new_tokens - 1)
-        step, finished = self._ints(batch), self._ints(batch)
-        history = self._ints(batch, max_new_tokens)
-        stops, pad = self._of(list(stop)), stop[0] if len(stop) else 0
+        step = self._sampler(how, tuple(stop))
         watch = _Watch(self.device)
-        tokens, position, counts = self._tokens[:batch], self._position[:batch], self._lengths[:batch]
         done = 0
         for done in range(1, max_new_tokens + 1):
-            ops.sample(self._logits[:batch], step, tokens, temperature, top_k, top_p, seed)
-            ops.advance(tokens, position, counts, step, finished, history, stops, pad, self.context)
             if done < max_new_tokens:
-                self._step(batch)
+                step()
+            else:  # the last one needs no logits behind it, nor room for them
+                self._draw(batch, how, self._stops(tuple(stop)))
             if on_tokens is not None:
-                watch.send(torch.stack([tokens, finished]), on_tokens)
+                watch.send(torch.stack([self._tokens[:batch], self._finished[:batch]]), on_tokens)
             elif len(stop) and done % _LOOK_EVERY == 0:
-                watch.send(torch.stack([tokens, finished]))
+                watch.send(torch.stack([self._tokens[:batch], self._finished[:batch]]))
             if watch.all_finished():
                 break
         watch.drain()
-        self._longest += done - 1
-        return [_until(row[:done], stop) for row in history.tolist()]
+        rows = self._history[:batch, :done].tolist()
+        self.reset()
+        return [_until(row, stop) for row in rows]
 
     # ---- one token ----
 
-    def _step(self, batch: int) -> None:
-        """From tokens, positions and lengths to logits."""
-        if not self._by_graph:
+    def _sampler(self, how: _Draw, stop: tuple[int, ...]) -> Callable[[], None]:
+        """What draws a token from the logits, and computes the next ones: one graph replay where there are graphs."""
+        batch, stops = self._batch, self._stops(stop)
+        self._drawn.zero_()
+        self._finished.zero_()
+
+        def step() -> None:
+            self._draw(batch, how, stops)
             self._launch(batch)
-            return
-        if batch not in self._graphs:
-            self._graphs[batch] = self._capture(batch)
-        self._graphs[batch].replay()
+
+        return lambda: self._replay((batch, how, stop), step)
+
+    def _draw(self, batch: int, how: _Draw, stops: Tensor) -> None:
+        tokens, drawn = self._tokens[:batch], self._drawn[:batch]
+        ops.sample(self._logits[:batch], drawn, tokens, how.temperature, how.top_k, how.top_p, how.seed)
+        ops.advance(
+            tokens, self._position[:batch], self._lengths[:batch], drawn, self._finished[:batch],
+            self._history[:batch], stops, 0, self.context,
+        )  # fmt: skip
 
     def _launch(self, batch: int) -> None:
+        """From tokens, positions and lengths to logits."""
         # Fixed in a graph, so for the longest context: a split without keys costs little.
         splits = max(1, min(32, self.context // _KEYS_PER_SPLIT))
         ops.decode(
@@ -208,16 +255,35 @@ class Engine:
             self._lengths[:batch], self._logits[:batch], splits, self._dependent,
         )  # fmt: skip
 
-    def _capture(self, batch: int) -> torch.cuda.CUDAGraph:
-        graph = torch.cuda.CUDAGraph()
+    def _replay(self, name: tuple[object, ...], step: Callable[[], None]) -> None:
+        """Run `step` by the graph of this name, captured when it is first met."""
+        if not self._by_graph:
+            step()
+            return
+        if name not in self._graphs:
+            self._graphs[name] = self._capture(step)
+        self._graphs[name].replay()
+
+    def _capture(self, step: Callable[[], None]) -> torch.cuda.CUDAGraph:
+        state = (self._tokens, self._position, self._lengths, self._logits, self._drawn, self._finished)
+        kept = [tensor.clone() for tensor in state]
         side = torch.cuda.Stream(self.device)
         side.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(side):
-            self._launch(batch)  # loads the modules, which a capture must not
+            step()  # loads the kernels, which a capture must not
         torch.cuda.current_stream(self.device).wait_stream(side)
+        for tensor, before in zip(state, kept, strict=True):
+            tensor.copy_(before)
+        graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            self._launch(batch)
+            step()
         return graph
+
+    def _stops(self, stop: tuple[int, ...]) -> Tensor:
+        # A graph keeps the address, so the tensor must live as long.
+        if stop not in self._stop_tokens:
+            self._stop_tokens[stop] = self._of(stop)
+        return self._stop_tokens[stop]
 
     # ---- small things ----
 
@@ -252,7 +318,10 @@ class Engine:
         return tokens.to(self.device, torch.int32)
 
     def _of(self, values: Sequence[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int32, device=self.device)
+        held = torch.tensor(values, dtype=torch.int32)
+        if self.device.type == "cuda":  # from pinned memory the host need not wait for the copy
+            held = held.pin_memory().to(self.device, non_blocking=True)
+        return held
 
     def _full(self, batch: int, value: int) -> Tensor:
         return torch.full((batch,), value, dtype=torch.int32, device=self.device)

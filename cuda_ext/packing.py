@@ -78,11 +78,18 @@ def read_shape(folder: Path) -> Shape:
         )
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: not a GPT-2 configuration ({type(error).__name__}: {error})") from error
-    if shape.head_dim not in HEAD_DIMS:
-        raise CheckpointError(f"{path}: head_dim is {shape.head_dim}; the kernels know {HEAD_DIMS}")
+    if unsupported(shape):
+        raise CheckpointError(f"{path}: {unsupported(shape)}")
     if len(shape.heads) != layers or min((*shape.heads, shape.width, shape.inner, shape.vocabulary)) < 1:
         raise CheckpointError(f"{path}: {layers} layers, but kept_heads names {len(shape.heads)}, or a size is 0")
     return shape
+
+
+def unsupported(shape: Shape) -> str | None:
+    """Why the kernels cannot run a model of these sizes, in one phrase; None where they can."""
+    if shape.head_dim not in HEAD_DIMS:
+        return f"head_dim is {shape.head_dim}; the kernels know {', '.join(map(str, HEAD_DIMS))}"
+    return None
 
 
 def pack(folder: Path) -> Packed:

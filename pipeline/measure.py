@@ -3,12 +3,13 @@
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from cuda_ext.packing import read_shape, unsupported
 from eval.engine import Engine
 from eval.errors import UserError
 from eval.latency import measure as measure_latency
@@ -124,7 +125,7 @@ class Measurer:
 
     def rows(self, *, latency: bool = True) -> list[Row]:
         """All rows of the finished stages. Without `latency`, only quality is measured."""
-        found = subjects(list(self.manifests))
+        found = [self._possible(subject) for subject in subjects(list(self.manifests))]
         live = [subject for subject in found if subject.skipped is None]
         timed = [subject for subject in live if subject.timed] if latency else []
         qualities = {subject.key: self._quality(subject) for subject in live}
@@ -142,6 +143,12 @@ class Measurer:
                 row.latency = latencies.get(subject.key)
             rows.append(row)
         return rows
+
+    def _possible(self, subject: Subject) -> Subject:
+        """The row, left out where the kernels do not know this model's sizes."""
+        if subject.engine != "cuda" or subject.skipped is not None:
+            return subject
+        return replace(subject, skipped=unsupported(read_shape(self._path(subject))))
 
     def _path(self, subject: Subject) -> Path:
         return self.run.stage(subject.stage) / subject.folder

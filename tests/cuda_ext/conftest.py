@@ -44,8 +44,10 @@ class Ops:
     with, is an AssertionError.
     """
 
-    KERNELS = ("embed", "layer_norm", "gemm", "kv_append", "attention_prefill", "attention_decode", "matvec")
-    KERNELS += ("sample", "advance")
+    KERNELS: tuple[str, ...] = (
+        "embed", "layer_norm", "gemm", "kv_append", "attention_prefill", "attention_decode", "matvec", "sample",
+        "advance",
+    )  # fmt: skip
 
     def __init__(self) -> None:
         sources = [f"kernels/{name}.cu" for name in self.KERNELS]

@@ -94,6 +94,18 @@ def test_greedy_tokens_are_the_references(folder: Path, reference: CompactGPT2LM
     assert cut == [row[: row.index(stop) + 1] if stop in row else row for row in got]
 
 
+def test_extend_goes_on_from_what_is_held(folder: Path) -> None:
+    engine = Engine.from_checkpoint(folder, device="cpu", max_batch=2)
+    ids = torch.randint(2, VOCABULARY, (2, 6))
+    wanted = engine.generate(ids, 9)
+    with pytest.raises(CudaExtError, match="prefill first"):
+        engine.extend(1)
+    engine.prefill(ids)
+    first = engine.extend(3)
+    engine.decode(torch.tensor([row[3] for row in wanted]))
+    assert torch.cat([first, engine.extend(5)], 1).tolist() == [row[:3] + row[4:] for row in wanted]
+
+
 def test_a_seed_draws_the_same_tokens_again(folder: Path) -> None:
     engine = Engine.from_checkpoint(folder, device="cpu", max_batch=2)
     ids = torch.randint(0, VOCABULARY, (1, 4)).repeat(2, 1)
