@@ -1,14 +1,23 @@
-"""GPU latencies side by side, on GPT-2 124M's shape: python -m benchmarks.gpu --out DIR
+"""Headroom's CUDA engine beside what torch offers, on GPT-2 124M's shape: python -m benchmarks.gpu --out DIR
 
-Stock Hugging Face GPT-2 and CompactGPT2, FP32 and FP16, dense and with two of twelve heads pruned in
-each layer; random weights, which time as real ones do. Writes DIR/gpu.json with raw samples, machine,
-versions, command and date, and prints a table.
+Two of twelve heads pruned in each layer; random weights, which time as real ones do. Each case runs in a
+process of its own; in it every subject is first compared with FP32 and then timed in turns with the others. A
+subject that is wrong, breaks or hangs is left out with its reason, and the rest goes on. DIR/gpu.json holds raw
+samples, machine, versions, command and date, written after each case. Takes about eight minutes on an H200, of which
+most is torch.compile's tuning. `--ncu` profiles the engine's kernels instead, to DIR/ncu-*.csv and DIR/kernels.md.
 """
 
 import argparse
 import dataclasses
+import json
+import os
 import shlex
+import shutil
+import subprocess
 import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,81 +25,235 @@ from typing import Any
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from eval.latency import measure, ratio
-from eval.results import save_json
+from benchmarks import kernel_table
+from benchmarks.isolated import Outcome, run
+from benchmarks.roofline import bytes_per_token, prefill_operations
+from benchmarks.subjects import EAGER, PEER, PEER_PLAIN, Case, kinds
+from eval.latency import ratio, timing
+from eval.results import Timing, save_json
 from pipeline import hardware
 from pipeline.artifacts import git_commit, versions
-from pipeline.engines.torch import TorchEngine
-from pipeline.model import from_gpt2, slice_heads
+from pipeline.model import CompactGPT2Config, from_gpt2, slice_heads
+
+CONTEXT, TOKENS = 512, 64
+# A burst's contexts average CONTEXT.
+DECODES = [Case("decode", batch, CONTEXT - TOKENS // 2, TOKENS) for batch in (1, 8, 32)]
+PREFILLS = [Case("prefill", batch, length, 0) for batch, length in ((1, 512), (1, 1024), (8, 1024))]
+_START_SECONDS = 60
+_LEAST_SECONDS = 30
+_LATER_SECONDS = 45
 
 
-def engines(shape: GPT2Config) -> dict[str, TorchEngine]:
-    """What is compared; the first one is what the others are measured against."""
+def write_checkpoints(shape: GPT2Config, folder: Path) -> CompactGPT2Config:
+    """`folder/dense` as Hugging Face's, `folder/pruned` as ours without the first and last head of each layer; FP16."""
     torch.manual_seed(0)
-    stock = GPT2LMHeadModel(shape).eval()
-    kept = [[head for head in range(shape.n_head) if head not in (0, shape.n_head - 1)]] * shape.n_layer
-
-    def engine(model: Any, precision: str) -> TorchEngine:
-        return TorchEngine(model, device="cuda:0", precision=precision)
-
-    return {
-        "transformers GPT-2 fp32": engine(GPT2LMHeadModel(shape).eval(), "fp32"),
-        "transformers GPT-2 fp16": engine(GPT2LMHeadModel(shape).eval(), "fp16"),
-        "CompactGPT2 fp32": engine(from_gpt2(stock), "fp32"),
-        "CompactGPT2 fp16": engine(from_gpt2(stock), "fp16"),
-        "CompactGPT2 fp16 pruned": engine(slice_heads(from_gpt2(stock), kept), "fp16"),
-    }
+    dense = GPT2LMHeadModel(shape).half()
+    kept = [list(range(1, shape.n_head - 1))] * shape.n_layer
+    pruned = slice_heads(from_gpt2(dense), kept)
+    dense.save_pretrained(folder / "dense")
+    pruned.save_pretrained(folder / "pruned")
+    return pruned.config
 
 
-def main() -> None:
-    """Measure on each prompt length and batch, write the JSON, print the table."""
+class Benchmark:
+    """Runs children one after the other, and keeps what they say in `record`."""
+
+    def __init__(self, folder: Path, config: CompactGPT2Config, device: str, seconds: float, min_count: int):
+        self.folder, self.config, self.device, self.min_count = folder, config, device, min_count
+        self.end = time.monotonic() + seconds
+        self.broken: dict[str, str] = {}
+        self.record: dict[str, Any] = {"ceilings": None, "cases": [], "memory": []}
+
+    @property
+    def left(self) -> float:
+        return self.end - time.monotonic()
+
+    def child(self, seconds: float, **request: Any) -> Outcome:
+        """One child; `seconds` for all of it."""
+        request |= {"folder": str(self.folder), "device": self.device, "seconds": seconds - 15}
+        command = [sys.executable, "-m", "benchmarks.gpu_case", json.dumps(request)]
+        return run(command, first_seconds=_START_SECONDS, total_seconds=seconds)
+
+    def ceilings(self) -> None:
+        outcome = self.child(120, do="ceilings")
+        found = [said["ceilings"] for said in outcome.said if "ceilings" in said]
+        self.record["ceilings"] = found[0] if found else {"skipped": outcome.reason}
+
+    def case(self, case: Case, share: float) -> None:
+        """Measure one case, again without the subject that brought the child down, while time lasts."""
+        entry: dict[str, Any] = {"case": dataclasses.asdict(case), "subjects": {}}
+        entry["subjects"] |= {name: {"skipped": reason} for name, reason in self.broken.items() if name in kinds(case)}
+        self.record["cases"].append(entry)
+        end = time.monotonic() + share
+        timings: dict[str, Any] = {}
+        while end - time.monotonic() > _LEAST_SECONDS:
+            without = [name for name, found in entry["subjects"].items() if found.get("skipped")]
+            outcome = self.child(
+                end - time.monotonic(),
+                do="case",
+                case=entry["case"],
+                without=without,
+                min_count=self.min_count,
+                min_seconds=0.5,
+            )
+            for said in outcome.said:
+                if "subject" in said:
+                    entry["subjects"][said.pop("subject")] = said
+                timings = said.get("timings", timings)
+            if outcome.failed_in is None:
+                break
+            reason = f"in case {case.name}: {outcome.reason}"
+            if outcome.failed_in not in kinds(case):  # not one subject's fault
+                entry["skipped"] = f"{outcome.failed_in}, {reason}"
+                break
+            entry["subjects"][outcome.failed_in] = {"skipped": reason}
+            if outcome.failed_in.startswith("cuda"):  # others are only slow to compile
+                self.broken[outcome.failed_in] = reason
+        for name, samples in timings.items():
+            entry["subjects"][name]["timing"] = samples
+        entry["figures"] = figures(self.config, case, entry["subjects"], self.record["ceilings"] or {})
+
+    def memory(self, case: Case, name: str) -> None:
+        outcome = self.child(min(self.left, 150), do="memory", case=dataclasses.asdict(case), subject=name)
+        found = [said for said in outcome.said if "memory" in said]
+        entry = found[0] if found else {"skipped": outcome.reason or "no answer"}
+        self.record["memory"].append({"case": case.name, "subject": name} | entry)
+
+
+def figures(
+    config: CompactGPT2Config, case: Case, subjects: Mapping[str, Any], ceilings: Mapping[str, float]
+) -> dict[str, Any]:
+    """Of each timed subject: microseconds, ratios over eager and the faster compiled peer, percent of the ceiling."""
+    timed = {name: _timing(found["timing"]) for name, found in subjects.items() if "timing" in found}
+    peer = min((name for name in (PEER, PEER_PLAIN) if name in timed), key=lambda name: timed[name].p50, default=None)
+    floor = None
+    if case.kind == "decode" and "bandwidth" in ceilings:
+        floor = bytes_per_token(config, case.batch, case.length + case.tokens // 2) / ceilings["bandwidth"]
+    elif case.kind == "prefill" and "fp16_rate" in ceilings:
+        floor = prefill_operations(config, case.batch, case.length) / ceilings["fp16_rate"]
+    found: dict[str, Any] = {}
+    for name, mine in timed.items():
+        found[name] = {"microseconds": 1e6 * mine.p50, "interval": [1e6 * bound for bound in mine.ci95]}
+        for other, label in ((EAGER, "over_eager"), (peer, "over_peer")):
+            if other in timed:
+                found[name][label] = ratio(timed[other], mine)._asdict()
+        if floor is not None:
+            found[name]["percent_of_ceiling"] = 100 * floor / mine.p50
+    return {"peer": peer, "floor_microseconds": None if floor is None else 1e6 * floor, "subjects": found}
+
+
+def _timing(raw: Mapping[str, Any]) -> Timing:
+    return timing(raw["samples"])
+
+
+def report(entry: Mapping[str, Any]) -> str:
+    """A case as lines of text."""
+    case, found = Case(**entry["case"]), entry["figures"]["subjects"]
+    lines = [f"\n{case.name}, microseconds a {'token' if case.kind == 'decode' else 'prefill'} (95 % interval)"]
+    for name, subject in entry["subjects"].items():
+        if name not in found:
+            lines.append(f"  {name:<32} not measured: {subject.get('skipped', 'its process ended early')}")
+            continue
+        mine = found[name]
+        low, high = mine["interval"]
+        line = f"  {name:<32} {mine['microseconds']:9.1f} [{low:.1f}, {high:.1f}]"
+        for label in ("over_eager", "over_peer"):
+            if label in mine:
+                line += f"  {label.replace('_', ' ')} {mine[label]['value']:.2f}"
+        if "percent_of_ceiling" in mine:
+            line += f"  {mine['percent_of_ceiling']:.0f} % of the ceiling"
+        lines.append(line)
+    if "skipped" in entry:
+        lines.append(f"  stopped: {entry['skipped']}")
+    return "\n".join(lines)
+
+
+def profile(bench: Benchmark, out: Path, subject: str) -> int:
+    """Each case's kernels under ncu, as CSV and as a table. Returns an exit code."""
+    ncu = shutil.which("ncu")
+    if ncu is None:
+        print("error: ncu was not found; install Nsight Compute", file=sys.stderr)
+        return 1
+    parts, code = [], 0
+    for case in (*DECODES[:2], *PREFILLS[:2]):
+        name = subject if case.kind == "decode" else "cuda"
+        request = {"do": "trace", "case": dataclasses.asdict(case), "subject": name, "folder": str(bench.folder)}
+        request |= {"device": bench.device}
+        command = [ncu, "--csv", "--print-units", "base", "--clock-control", "none", "--cache-control", "none"]
+        command += [
+            "--profile-from-start",
+            "off",
+            "--graph-profiling",
+            "node",
+            "--target-processes",
+            "application-only",
+        ]
+        command += ["--metrics", ",".join(kernel_table.METRICS), sys.executable, "-m", "benchmarks.gpu_case"]
+        try:
+            done = subprocess.run(
+                [*command, json.dumps(request)], capture_output=True, text=True, timeout=240, check=False
+            )
+            (out / f"ncu-{case.name.replace(' ', '-')}.csv").write_text(done.stdout, encoding="utf-8")
+            parts.append(f"## {case.name}, {name}\n\n{kernel_table.table(kernel_table.read(done.stdout))}")
+        except (ValueError, subprocess.TimeoutExpired) as error:
+            code = 1
+            parts.append(f"## {case.name}, {name}\n\nnot profiled: {error}\n")
+    (out / "kernels.md").write_text("\n".join(parts), encoding="utf-8")
+    print("\n".join(parts))
+    return code
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run all; the code is 0 where every case has a timing of the cuda engine and of the compiled peer."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/gpu"))
-    parser.add_argument("--min-count", type=int, default=20)
-    arguments = parser.parse_args()
+    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT") or "runs/gpu"))
+    parser.add_argument("--seconds", type=float, default=480, help="for all of it; what does not fit is left out")
+    parser.add_argument("--min-count", type=int, default=15, help="rounds a case at least")
+    parser.add_argument("--ncu", action="store_true", help="profile kernels with Nsight Compute instead of timing")
+    parser.add_argument("--ncu-subject", default="cuda graph", help="which decode mode --ncu profiles")
+    choices = parser.parse_args(arguments)
     reason = hardware.why_no_gpu()
     if reason is not None:
         print(f"error: {reason}; run this on a machine with a GPU", file=sys.stderr)
-        sys.exit(2)
-    shape = GPT2Config()
-    subjects = engines(shape)
-    pool = torch.randint(0, shape.vocab_size, (20_000,), generator=torch.Generator().manual_seed(0))
-    record: dict[str, Any] = {
+        return 2
+    choices.out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        config = write_checkpoints(GPT2Config(), Path(scratch))
+        bench = Benchmark(Path(scratch), config, "cuda:0", choices.seconds, choices.min_count)
+        if choices.ncu:
+            return profile(bench, choices.out, choices.ncu_subject)
+        return measure(bench, choices.out / "gpu.json")
+
+
+def measure(bench: Benchmark, path: Path) -> int:
+    """All cases and memories, the record saved after each."""
+    bench.record |= {
         "machine": {"cpu": hardware.cpu(), "gpu": hardware.gpu()},
         "versions": versions(),
         "git_commit": git_commit(),
         "command": f"python -m benchmarks.gpu {shlex.join(sys.argv[1:])}",
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "cases": [],
     }
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    path = arguments.out / "gpu.json"
-    for prompt_tokens, batch in ((32, 1), (512, 1), (512, 8)):
-        latencies = measure(
-            subjects,
-            prompt_pool=pool,
-            prompt_tokens=prompt_tokens,
-            new_tokens=64,
-            batch=batch,
-            min_count=arguments.min_count,
-            min_seconds=1.0,
-        )
-        first = next(iter(latencies.values()))
-        print(f"\nprompt {prompt_tokens}, batch {batch}: medians; speed-up over the first row, 95 % interval")
-        case = []
-        for name, latency in latencies.items():
-            gains = {part: ratio(getattr(first, part), getattr(latency, part)) for part in ("prefill", "decode")}
-            cells = [
-                f"{part} {1000 * getattr(latency, part).p50:8.3f} ms {g.value:5.2f} [{g.low:.2f}, {g.high:.2f}]"
-                for part, g in gains.items()
-            ]
-            print(f"{name:<26} {'   '.join(cells)}")
-            speedup = {part: gain._asdict() for part, gain in gains.items()}
-            case.append({"name": name, "latency": dataclasses.asdict(latency), "speedup": speedup})
-        record["cases"] += [case]
-        save_json(record, path)  # after each case: a time limit costs only what was not yet measured
+    bench.ceilings()
+    print(f"ceilings, measured: {bench.record['ceilings']}", flush=True)
+    memories = [(DECODES[0], name) for name in kinds(DECODES[0]) if name not in (PEER, PEER_PLAIN)]
+    memories.append((DECODES[2], next(iter(kinds(DECODES[2])))))
+    cases = [*DECODES, *PREFILLS]
+    for position, case in enumerate(cases):
+        # Later cases keep a little, memory too: the first ones fill torch.compile's caches.
+        bench.case(case, bench.left - _LATER_SECONDS * (len(cases) - position - 1) - 15 * len(memories))
+        save_json(bench.record, path)
+        print(report(bench.record["cases"][-1]), flush=True)
+    for case, name in memories:
+        if bench.left > 20 and name not in bench.broken:
+            bench.memory(case, name)
+            save_json(bench.record, path)
+            print(f"memory: {bench.record['memory'][-1]}", flush=True)
     print(f"\n{path}")
+    done = [entry["figures"] for entry in bench.record["cases"]]
+    whole = all(one["peer"] and any(name.startswith("cuda") for name in one["subjects"]) for one in done)
+    return 0 if whole else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -23,7 +23,7 @@ from cuda_ext.errors import CudaExtError
 
 CSRC = Path(__file__).parent / "csrc"
 KERNELS = [
-    *("embed", "layer_norm", "kv_append", "gemm", "attention_prefill", "attention_decode"),
+    *("embed", "layer_norm", "kv_append", "gemm", "attention_prefill", "attention_decode", "decode_persistent"),
     *("matvec", "sample", "advance"),
 ]
 SOURCES = [*(f"kernels/{name}.cu" for name in KERNELS), "model.cpp", "api.cpp"]

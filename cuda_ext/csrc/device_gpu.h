@@ -200,6 +200,28 @@ struct Launch {
     bool dependent = false;    // may begin before the launch before it ends (sm_90)
 };
 
+// What a block may have of shared memory on this device; 0 where the device does not answer.
+inline size_t most_shared_bytes() {
+    int device = 0, bytes = 0;
+    if (cudaGetDevice(&device) != cudaSuccess) return 0;
+    if (cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess) return 0;
+    return static_cast<size_t>(bytes);
+}
+
+// How many blocks of a cooperative launch the device holds at once; 0 where it does not take even one.
+template <typename... Params>
+int cooperative_blocks(void (*kernel)(Params...), int threads, size_t shared_bytes) {
+    int device = 0, processors = 0, blocks = 0;
+    if (cudaGetDevice(&device) != cudaSuccess) return 0;
+    if (cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) return 0;
+    const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                                   cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                   static_cast<int>(shared_bytes));
+    if (error != cudaSuccess) return 0;
+    if (cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shared_bytes) != cudaSuccess) return 0;
+    return blocks * processors;
+}
+
 // Returns 0 or the cudaError_t of the launch.
 template <typename... Params, typename... Args>
 int launch(const Launch& how, void (*kernel)(Params...), Args&&... args) {

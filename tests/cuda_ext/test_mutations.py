@@ -34,6 +34,9 @@ GEMM = "test_gemm.py -k any_order"
 PREFILL = "test_attention.py -k behind_a_past"
 DECODE = "test_attention.py -k decode_in_any_order"
 MATVEC = "test_matvec.py -k any_order"
+PERSISTENT = "test_persistent.py -k any_order and bulk"
+PERSISTENT_CP_ASYNC = "test_persistent.py -k any_order and cp_async"
+PERSISTENT_MANY = "test_persistent.py -k many_tokens and bulk-1"
 SAMPLE = "test_sample.py -k seed_row_and_step"
 
 MUTATIONS = {
@@ -101,6 +104,25 @@ MUTATIONS = {
     ),
     "matvec: the chunk after": Mutation(
         "kernels/matvec.cu", "fetch(chunk + kWarp)", "fetch(chunk + kWarp + 1)", MATVEC
+    ),
+    "persistent: multiplies a tile that is not there": Mutation(
+        "persistent/weight_ring.h", "mbarrier_wait(full_ + at_, parity_);", "", PERSISTENT
+    ),
+    "persistent: waits for one tile too few": Mutation(
+        "persistent/weight_ring.h", "cp_async_wait_at_most(depth_ - 1)", "cp_async_wait_at_most(depth_)",
+        PERSISTENT_CP_ASYNC,
+    ),
+    "persistent: adds sums that are not there": Mutation(
+        "kernels/decode_persistent.cu", "sync_block();", "", PERSISTENT, after="ring.release();"
+    ),
+    "persistent: the next pass's sums over these": Mutation(
+        "kernels/decode_persistent.cu", "sync_block();", ";", PERSISTENT, after="if (first > m.begin)"
+    ),
+    "persistent: merges before all parts are there": Mutation(
+        "kernels/decode_persistent.cu", "grid_barrier(counters, ++round);", "", PERSISTENT, after="attend<128>"
+    ),
+    "persistent: chooses before all blocks have nominated": Mutation(
+        "kernels/decode_persistent.cu", "grid_barrier(counters, ++round);", "", PERSISTENT_MANY, after="nominate<ROWS>"
     ),
     "sample: the argmax before all warps wrote": Mutation(
         "kernels/sample.cu", "sync_block();", "", SAMPLE, after="keys[kWarps + warp_id()] ="

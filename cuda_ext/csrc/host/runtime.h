@@ -329,6 +329,15 @@ HR_DEVICE void grid_barrier(unsigned* counter, unsigned round) {
 HR_DEVICE void wait_for_previous_launch() {}
 HR_DEVICE void let_next_launch_begin() {}
 
+inline size_t most_shared_bytes() {
+    return 227 * 1024;
+}
+// There is room for any number of fibers; as many as a large GPU has multiprocessors are said to fit.
+template <typename... Params>
+int cooperative_blocks(void (*)(Params...), int threads, size_t shared_bytes) {
+    return threads <= 1024 && shared_bytes <= most_shared_bytes() ? 132 : 0;
+}
+
 // Returns 0, kHostBadConfiguration or kHostFault.
 template <typename... Params, typename... Args>
 int launch(const Launch& how, void (*kernel)(Params...), Args&&... args) {
