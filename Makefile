@@ -49,11 +49,11 @@ cuda-check: $(VENV)/.ready  ## compile all kernels for sm_75 to sm_120, no GPU n
 gpu:  ## on a machine with a GPU (its own python3, torch and pytest): build, tests, timings, sanitizer
 	@code=0; \
 	python3 -m cuda_ext.build || code=1; \
-	for file in $(filter-out %/test_sanitized.py,$(wildcard tests/gpu/test_*.py)); do \
+	for file in $(filter-out %/test_compute_sanitizer.py,$(wildcard tests/gpu/test_*.py)); do \
 	    timeout -k 10 300 python3 -m pytest -q -m gpu $$file || code=1; \
 	done; \
 	python3 -m benchmarks.gpu --out "$${OUT:-runs/gpu}" || code=1; \
-	timeout -k 10 1200 python3 -m pytest -q -m gpu tests/gpu/test_sanitized.py || code=1; \
+	timeout -k 10 1200 python3 -m pytest -q -m gpu tests/gpu/test_compute_sanitizer.py || code=1; \
 	exit $$code
 
 notebook: $(VENV)/.ready  ## run project.ipynb from top to bottom and keep its outputs
