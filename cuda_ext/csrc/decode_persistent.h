@@ -30,7 +30,7 @@ struct PersistentDecode {
     int ld_logits;
     void* workspace;  // persistent_workspace_bytes(), zeros before the first launch; one launch at a time
 
-    int blocks, threads;  // at most persistent_max_blocks(); threads: a multiple of 32 up to 512, width <= 8 * threads
+    int blocks, threads;  // at most persistent_max_blocks(); threads: a multiple of 32 up to 384, width <= 8 * threads
     int splits;           // over how many blocks a head's keys are spread at most; 0: chosen by the blocks there are
     size_t shared_bytes;  // of each block; 0: all that the device gives
     PersistentWork work;

@@ -6,7 +6,7 @@ namespace headroom {
 namespace {
 
 constexpr int kMaxSplits = 64;
-constexpr size_t kMatvecShared = 48 * 1024;  // what every architecture gives without asking
+constexpr size_t kSharedAlways = 48 * 1024;  // what a block gets without asking
 
 int most_heads(const Model& model) {
     int most = 0;
@@ -174,8 +174,7 @@ int decode(const Model& model, void* workspace, const int* tokens, const int* po
     splits = std::clamp(splits, 1, kMaxSplits);
     Sequence run;
     run(embed(tokens, position, model.wte, model.wpe, w.x, batch, 1, model.context, model.ld_width, stream));
-    const int rows = batch <= 2 ? batch : batch <= 4 ? 4 : kMatvecRows;  // as matvec rounds them up
-    if (batch <= kMatvecRows && rows * (std::max(model.ld_inner, model.ld_width) * 2 + 16u) <= kMatvecShared) {
+    if (batch <= kMatvecRows && matvec_shared_bytes(batch, model.width) <= kSharedAlways) {
         run(decode_rows(model, w, position, lengths, batch, splits, logits, ld_logits, dependent, stream));
         return run.error;
     }

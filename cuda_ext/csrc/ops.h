@@ -82,6 +82,8 @@ struct Matvec {
     const int* position;           // kQkv: [rows]
 };
 int matvec(const Matvec& problem, bool dependent, Stream stream);
+// Shared memory that a block takes at most for `rows` rows of `width` columns through LayerNorm.
+size_t matvec_shared_bytes(int rows, int width);
 
 // ---- sampling, on the device ----
 struct Sampling {

@@ -34,6 +34,7 @@ GEMM = "test_gemm.py -k any_order"
 PREFILL = "test_attention.py -k behind_a_past"
 DECODE = "test_attention.py -k decode_in_any_order"
 MATVEC = "test_matvec.py -k any_order"
+MATVEC_LONG = "test_matvec.py -k odd_sizes"
 PERSISTENT = "test_persistent.py -k any_order and bulk"
 PERSISTENT_CP_ASYNC = "test_persistent.py -k any_order and cp_async"
 PERSISTENT_MANY = "test_persistent.py -k many_tokens and bulk-1"
@@ -47,10 +48,13 @@ MUTATIONS = {
         "device.h", "sync_block();", "", BLOCK_SUM, after="total = warp_sum(total);"
     ),
     "warp_sum: of half a warp": Mutation("device.h", "offset = kWarp / 2", "offset = kWarp / 4", BLOCK_SUM),
-    "layer_norm: one column too few": Mutation("kernels/layer_norm.cu", "column < width", "column < width - 1", NORM),
+    "layer_norm: one column too few": Mutation(
+        "row_norm.h", "column + i < width ? row[column + i] : fill", "column + i < width - 1 ? row[column + i] : fill",
+        NORM,
+    ),
     "layer_norm: the row after": Mutation("kernels/layer_norm.cu", "rows[row] : row", "rows[row] : row ^ 1", NORM),
     "layer_norm: no zeros in the padding": Mutation(
-        "kernels/layer_norm.cu", "column < ld_out", "column < width", NORM
+        "row_norm.h", "each_eight(in, width, ld_out, mean", "each_eight(in, width, width, mean", NORM
     ),
     "gemm: reads a stage that is not there for all": Mutation(
         "kernels/gemm.cu", "sync_block();", "", GEMM, after="cp_async_wait<T::STAGES - 2>"
@@ -95,15 +99,14 @@ MUTATIONS = {
         "kernels/attention_decode.cu", "sync_block();", "", DECODE, after="if (thread == 0) *arrived"
     ),
     "decode: one key too few": Mutation("kernels/attention_decode.cu", "key < end;", "key < end - 1;", DECODE),
-    "matvec: sums before all warps wrote": Mutation("kernels/matvec.cu", "sync_block();", "", MATVEC),
-    "matvec: the next sums over these": Mutation(
-        "kernels/matvec.cu", "sync_block();", "", MATVEC, after="values[r] += scratch["
+    "matvec: multiplies rows that are not normalised yet": Mutation(
+        "kernels/matvec.cu", "sync_block();", "", MATVEC
     ),
-    "matvec: multiplies rows that are not there": Mutation(
-        "kernels/matvec.cu", "sync_block();", "", MATVEC, after="copy_rows<ROWS>(p, rows, width);"
+    "matvec: sums before all warps wrote": Mutation(
+        "kernels/matvec.cu", "sync_block();", "", MATVEC, after="make_float2(d[t][0]"
     ),
-    "matvec: the chunk after": Mutation(
-        "kernels/matvec.cu", "fetch(chunk + kWarp)", "fetch(chunk + kWarp + 1)", MATVEC
+    "matvec: the step after": Mutation(
+        "kernels/matvec.cu", "fetch_weights(step + kRound", "fetch_weights(step + kRound + 1", MATVEC_LONG
     ),
     "persistent: multiplies a tile that is not there": Mutation(
         "persistent/weight_ring.h", "mbarrier_wait(full_ + at_, parity_);", "", PERSISTENT

@@ -1,6 +1,6 @@
-// LayerNorm (Ba et al. 2016) of FP32 rows to FP16. One warp a row, so that no barrier is needed; the mean first and
-// then the squared differences from it, since a sum of squares would cancel where the mean is large.
+// LayerNorm of many rows, a warp each.
 #include "../ops.h"
+#include "../row_norm.h"
 
 namespace headroom {
 namespace {
@@ -12,21 +12,7 @@ HR_KERNEL void layer_norm_kernel(const float* x, const int* rows, const half* ga
     const int row = static_cast<int>(blockIdx.x) * kWarps + warp_id();
     if (row >= count) return;  // a whole warp
     const float* in = x + static_cast<int64_t>(rows != nullptr ? rows[row] : row) * ld_x;
-    float sum = 0.0f;
-    for (int column = lane_id(); column < width; column += kWarp) sum += in[column];
-    const float mean = warp_sum(sum) / static_cast<float>(width);
-    float squares = 0.0f;
-    for (int column = lane_id(); column < width; column += kWarp) {
-        const float difference = in[column] - mean;
-        squares += difference * difference;
-    }
-    const float scale = rsqrtf(warp_sum(squares) / static_cast<float>(width) + epsilon);
-    half* to = out + static_cast<int64_t>(row) * ld_out;
-    for (int column = lane_id(); column < ld_out; column += kWarp) {
-        const bool inside = column < width;
-        const float normal = inside ? (in[column] - mean) * scale * to_float(gain[column]) + to_float(bias[column]) : 0.0f;
-        to[column] = to_half(normal);
-    }
+    row_norm(in, gain, bias, out + static_cast<int64_t>(row) * ld_out, width, ld_out, epsilon);
 }
 
 }  // namespace

@@ -1,80 +1,38 @@
-// Matrix products for 1 to 8 rows: what a decoded token pays for is reading the weights once.
+// Matrix products for 1 to 8 rows of x: what a decoded token pays for is reading the weights, once.
 //
-// A warp computes a few outputs and reads their weight rows 16 bytes a lane, the next ones on their way while it
-// multiplies. The rows of x wait in shared memory as FP16, through LayerNorm where one is due, which every block
-// repeats: cheaper than a launch of its own. Weights do not depend on what ran before, so under programmatic
-// dependent launch the first ones are fetched before the launch before has ended.
+// Tensor cores multiply x, rows 8 to 15 of the tile left zero, by 8 outputs' weights: eight rows cost what one does, and
+// nothing is unpacked. The mma's order of columns is free, as long as both sides agree: a lane's 16 bytes of a weight row,
+// as they lie in memory, are its part of two mma steps. A block's warps share its outputs' columns, so that a whole matrix
+// of GPT-2's small sizes is on its way at once; their sums meet in shared memory, in a fixed order.
+//
+// Weights do not depend on what ran before: under programmatic dependent launch they are asked for before the launch
+// before has ended. Each block repeats the LayerNorm of x: cheaper than a launch of its own.
 #include "../ops.h"
+#include "../row_norm.h"
 
 namespace headroom {
 namespace {
 
-constexpr int kWarps = 4, kThreads = kWarps * kWarp;
+constexpr int kWarps = 8, kThreads = kWarps * kWarp;
+constexpr int kTile = 8;    // outputs of an mma
+constexpr int kMostTiles = 4;
+constexpr int kStep = 32;   // columns of a step: 16 bytes in each of a row's four lanes
 
-// The sums over the block of ROWS values at once, in every thread.
-template <int ROWS>
-HR_DEVICE void block_sums(float (&values)[ROWS], float* scratch) {
-#pragma unroll
-    for (int r = 0; r < ROWS; ++r) {
-        values[r] = warp_sum(values[r]);
-        if (lane_id() == 0) scratch[r * kWarps + warp_id()] = values[r];
-    }
-    sync_block();
-#pragma unroll
-    for (int r = 0; r < ROWS; ++r) {
-        values[r] = 0.0f;
-#pragma unroll
-        for (int w = 0; w < kWarps; ++w) values[r] += scratch[r * kWarps + w];
-    }
-    sync_block();
+// From row to row of the normalised x: half of the shared memory's banks further, so that two rows do not meet in one.
+HR_ANY int shared_row(int k) { return round_up(k, 64) + 32; }
+
+size_t shared_bytes(int tiles, int normal_rows, int k) {
+    return static_cast<size_t>(kWarps) * kMatvecRows * tiles * kTile * sizeof(float) +
+           static_cast<size_t>(normal_rows) * shared_row(k) * sizeof(half);
 }
 
-// LayerNorm of the rows of p.x into shared memory; columns k..width-1, and rows past p.rows, become zeros.
-template <int ROWS>
-HR_DEVICE void normalise(const Matvec& p, half* rows, int width, float* scratch) {
-    const int thread = static_cast<int>(threadIdx.x);
-    float mean[ROWS] = {}, scale[ROWS] = {};
-#pragma unroll
-    for (int r = 0; r < ROWS; ++r)
-        for (int i = thread; i < p.k && r < p.rows; i += kThreads) mean[r] += p.x[static_cast<int64_t>(r) * p.ld_x + i];
-    block_sums<ROWS>(mean, scratch);
-#pragma unroll
-    for (int r = 0; r < ROWS; ++r) {
-        mean[r] /= static_cast<float>(p.k);
-        for (int i = thread; i < p.k && r < p.rows; i += kThreads) {
-            const float difference = p.x[static_cast<int64_t>(r) * p.ld_x + i] - mean[r];
-            scale[r] += difference * difference;
-        }
-    }
-    block_sums<ROWS>(scale, scratch);
-#pragma unroll
-    for (int r = 0; r < ROWS; ++r) {
-        scale[r] = rsqrtf(scale[r] / static_cast<float>(p.k) + p.epsilon);
-        for (int i = thread; i < width; i += kThreads) {
-            float x = 0.0f;
-            if (i < p.k && r < p.rows)
-                x = (p.x[static_cast<int64_t>(r) * p.ld_x + i] - mean[r]) * scale[r] * to_float(p.gain[i]) + to_float(p.shift[i]);
-            rows[r * width + i] = to_half(x);
-        }
-    }
-}
-
-template <int ROWS>
-HR_DEVICE void copy_rows(const Matvec& p, half* rows, int width) {
-    for (int i = static_cast<int>(threadIdx.x) * 8; i < ROWS * width; i += kThreads * 8) {
-        const int row = i / width;
-        const half* from = p.x_half + static_cast<int64_t>(row) * p.ld_x + i % width;
-        store16(rows + i, row < p.rows ? load16(from) : make_uint4(0, 0, 0, 0));
-    }
-}
+HR_DEVICE uint4 zeros() { return make_uint4(0, 0, 0, 0); }
 
 template <MatvecOut OUT>
 HR_DEVICE void write(const Matvec& p, int row, int column, float value) {
-    if (p.bias != nullptr) value += to_float(p.bias[column]);
     const int64_t at = static_cast<int64_t>(row) * p.ld_out + column;
     if (OUT == MatvecOut::kGelu) p.out_half[at] = to_half(gelu_tanh(value));
-    if (OUT == MatvecOut::kResidual) p.out_float[at] += value;
-    if (OUT == MatvecOut::kFloat) p.out_float[at] = value;
+    if (OUT == MatvecOut::kResidual || OUT == MatvecOut::kFloat) p.out_float[at] = value;
     if (OUT == MatvecOut::kQkv) {
         const KvCache& cache = p.cache;
         const int all = cache.heads * cache.head_dim, which = column / all, place = column % all;
@@ -88,88 +46,103 @@ HR_DEVICE void write(const Matvec& p, int row, int column, float value) {
     }
 }
 
-// EACH outputs a warp; ROWS rows of x.
-template <int ROWS, int EACH, MatvecIn IN, MatvecOut OUT>
-HR_KERNEL void HR_LAUNCH_BOUNDS(kThreads, 1) matvec_kernel(Matvec p) {
-    HR_SHARED(half, rows);
-    const int width = round_up(p.k, 8), chunks = width / 8;
-    const int column0 = (static_cast<int>(blockIdx.x) * kWarps + warp_id()) * EACH;
-    const half* weight[EACH];
-#pragma unroll
-    for (int e = 0; e < EACH; ++e) weight[e] = p.weight + static_cast<int64_t>(min(column0 + e, p.n - 1)) * p.ld_weight;
+// A block computes TILES * 8 outputs.
+template <int TILES, MatvecIn IN, MatvecOut OUT>
+HR_KERNEL void HR_LAUNCH_BOUNDS(kThreads, 2) matvec_kernel(Matvec p) {
+    constexpr int kLoads = TILES < kMostTiles ? 12 : 8;  // that a thread has on their way; more would spill
+    constexpr int kOutputs = TILES * kTile, kAhead = kLoads / TILES, kRound = kAhead * kWarps;
+    static_assert(kOutputs * kMatvecRows <= kThreads, "a thread finishes at most one output");
+    HR_SHARED(float, sums);  // [kWarps][kMatvecRows][kOutputs]; then, for kNorm, x: [rows][shared_row(k)]
+    half* normal = reinterpret_cast<half*>(sums + kWarps * kMatvecRows * kOutputs);
+    // A lane's place in a fragment: a row of x and an output, and which of the step's four pieces.
+    const int group = lane_id() / 4, part = lane_id() % 4;
+    const int chunks = ceil_div(p.k, 8), steps = ceil_div(chunks, 4), first = static_cast<int>(blockIdx.x) * kOutputs;
 
-    uint4 ahead[EACH];
-    auto fetch = [&](int chunk) {
+    const half* weight[TILES];
 #pragma unroll
-        for (int e = 0; e < EACH; ++e)
-            ahead[e] = chunk < chunks ? load16_stream(weight[e] + chunk * 8) : make_uint4(0, 0, 0, 0);
+    for (int t = 0; t < TILES; ++t)
+        weight[t] = p.weight + static_cast<int64_t>(min(first + t * kTile + group, p.n - 1)) * p.ld_weight + part * 8;
+    uint4 w[kAhead][TILES], x[kAhead];
+    const auto fetch_weights = [&](int step, uint4(&to)[TILES]) {
+#pragma unroll
+        for (int t = 0; t < TILES; ++t)
+            to[t] = step * 4 + part < chunks ? load16_stream(weight[t] + step * kStep) : zeros();
     };
-    fetch(lane_id());
-    wait_for_previous_launch();
-    if (IN == MatvecIn::kNorm) {
-        normalise<ROWS>(p, rows, width, reinterpret_cast<float*>(rows + ROWS * width));
-    } else {
-        copy_rows<ROWS>(p, rows, width);
-    }
-    sync_block();
+    const auto fetch_x = [&](int step) {
+        const half* from = p.x_half + static_cast<int64_t>(group) * p.ld_x + step * kStep + part * 8;
+        return group < p.rows && step * 4 + part < chunks ? load16(from) : zeros();
+    };
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) fetch_weights(warp_id() + i * kWarps, w[i]);
 
-    float sums[EACH][ROWS] = {};
-#pragma unroll 4
-    for (int chunk = lane_id(); chunk < chunks; chunk += kWarp) {
-        uint4 now[EACH];
-#pragma unroll
-        for (int e = 0; e < EACH; ++e) now[e] = ahead[e];
-        fetch(chunk + kWarp);
-#pragma unroll
-        for (int r = 0; r < ROWS; ++r) {
-            float x[8];
-            unpack8(load16(rows + r * width + chunk * 8), x);
-#pragma unroll
-            for (int e = 0; e < EACH; ++e) {
-                float w[8];
-                unpack8(now[e], w);
-#pragma unroll
-                for (int i = 0; i < 8; ++i) sums[e][r] += w[i] * x[i];
-            }
-        }
-    }
+    // The output that this thread finishes.
+    const int row = static_cast<int>(threadIdx.x) / kOutputs, column = first + static_cast<int>(threadIdx.x) % kOutputs;
+    const bool finishes = row < p.rows && column < p.n;
+    float value = finishes && p.bias != nullptr ? to_float(p.bias[column]) : 0.0f;
+
     let_next_launch_begin();
+    wait_for_previous_launch();
+    if (OUT == MatvecOut::kResidual && finishes) value += p.out_float[static_cast<int64_t>(row) * p.ld_out + column];
+    if (IN == MatvecIn::kNorm) {
+        const int ld = shared_row(p.k);
+        if (warp_id() < p.rows)
+            row_norm(p.x + static_cast<int64_t>(warp_id()) * p.ld_x, p.gain, p.shift, normal + warp_id() * ld, p.k, ld,
+                     p.epsilon);
+        sync_block();
+        normal += group * ld + part * 8;
+    } else {
 #pragma unroll
-    for (int e = 0; e < EACH; ++e)
-#pragma unroll
-        for (int r = 0; r < ROWS; ++r) {
-            const float sum = warp_sum(sums[e][r]);
-            if (lane_id() == 0 && column0 + e < p.n && r < p.rows) write<OUT>(p, r, column0 + e, sum);
-        }
-}
-
-template <int ROWS, MatvecIn IN, MatvecOut OUT>
-int run(const Matvec& p, bool dependent, Stream stream) {
-    constexpr int kEach = OUT == MatvecOut::kFloat || ROWS > 2 ? 4 : 2;
-    const int width = round_up(p.k, 8);
-    Launch how{dim3(static_cast<unsigned>(ceil_div(p.n, kWarps * kEach))), dim3(kThreads),
-               static_cast<size_t>(ROWS) * (width * sizeof(half) + kWarps * sizeof(float)), stream};
-    how.dependent = dependent;
-    return launch(how, matvec_kernel<ROWS, kEach, IN, OUT>, p);
-}
-
-template <int ROWS>
-int run(const Matvec& p, bool dependent, Stream stream) {
-    switch (p.out) {
-        case MatvecOut::kQkv: return run<ROWS, MatvecIn::kNorm, MatvecOut::kQkv>(p, dependent, stream);
-        case MatvecOut::kGelu: return run<ROWS, MatvecIn::kNorm, MatvecOut::kGelu>(p, dependent, stream);
-        case MatvecOut::kResidual: return run<ROWS, MatvecIn::kHalf, MatvecOut::kResidual>(p, dependent, stream);
-        default: return run<ROWS, MatvecIn::kNorm, MatvecOut::kFloat>(p, dependent, stream);
+        for (int i = 0; i < kAhead; ++i) x[i] = fetch_x(warp_id() + i * kWarps);
     }
+
+    float d[TILES][4] = {};
+    for (int begin = warp_id(); begin < steps; begin += kRound) {
+#pragma unroll
+        for (int i = 0; i < kAhead; ++i) {
+            const int step = begin + i * kWarps;
+            if (step >= steps) break;  // a whole warp
+            if (IN == MatvecIn::kNorm) x[i] = group < p.rows ? load16(normal + step * kStep) : zeros();
+            const uint32_t low[4] = {x[i].x, 0, x[i].y, 0}, high[4] = {x[i].z, 0, x[i].w, 0};
+#pragma unroll
+            for (int t = 0; t < TILES; ++t) {
+                mma_16816(d[t], low, {w[i][t].x, w[i][t].y});
+                mma_16816(d[t], high, {w[i][t].z, w[i][t].w});
+            }
+            fetch_weights(step + kRound, w[i]);
+            if (IN == MatvecIn::kHalf) x[i] = fetch_x(step + kRound);
+        }
+    }
+#pragma unroll
+    for (int t = 0; t < TILES; ++t)
+        *reinterpret_cast<float2*>(sums + (warp_id() * kMatvecRows + group) * kOutputs + t * kTile + part * 2) =
+            make_float2(d[t][0], d[t][1]);
+    sync_block();
+    if (!finishes) return;
+#pragma unroll
+    for (int other = 0; other < kWarps; ++other) value += sums[other * kMatvecRows * kOutputs + threadIdx.x];
+    write<OUT>(p, row, column, value);
+}
+
+template <int TILES, MatvecIn IN, MatvecOut OUT>
+int run(const Matvec& p, bool dependent, Stream stream) {
+    Launch how{dim3(static_cast<unsigned>(ceil_div(p.n, TILES * kTile))), dim3(kThreads),
+               shared_bytes(TILES, IN == MatvecIn::kNorm ? p.rows : 0, p.k), stream};
+    how.dependent = dependent;
+    return launch(how, matvec_kernel<TILES, IN, OUT>, p);
 }
 
 }  // namespace
 
 int matvec(const Matvec& problem, bool dependent, Stream stream) {
-    if (problem.rows == 1) return run<1>(problem, dependent, stream);
-    if (problem.rows == 2) return run<2>(problem, dependent, stream);
-    if (problem.rows <= 4) return run<4>(problem, dependent, stream);
-    return run<8>(problem, dependent, stream);
+    // As few outputs a block as keep its loads on their way: a large GPU's multiprocessors should all have one.
+    switch (problem.out) {
+        case MatvecOut::kQkv: return run<2, MatvecIn::kNorm, MatvecOut::kQkv>(problem, dependent, stream);
+        case MatvecOut::kGelu: return run<2, MatvecIn::kNorm, MatvecOut::kGelu>(problem, dependent, stream);
+        case MatvecOut::kResidual: return run<1, MatvecIn::kHalf, MatvecOut::kResidual>(problem, dependent, stream);
+        default: return run<kMostTiles, MatvecIn::kNorm, MatvecOut::kFloat>(problem, dependent, stream);
+    }
 }
+
+size_t matvec_shared_bytes(int rows, int width) { return shared_bytes(kMostTiles, rows, width); }
 
 }  // namespace headroom

@@ -6,7 +6,7 @@
 
 namespace headroom::persistent {
 
-constexpr int kMaxThreads = 512, kMaxSplits = 16;
+constexpr int kMaxThreads = 384, kMaxSplits = 16;
 constexpr int kMaxStage = 1024;  // halves
 
 // Of each sequence, the same in all blocks.
