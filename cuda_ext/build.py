@@ -24,9 +24,9 @@ from cuda_ext.errors import CudaExtError
 CSRC = Path(__file__).parent / "csrc"
 KERNELS = [
     *("embed", "layer_norm", "kv_append", "gemm", "attention_prefill", "attention_decode", "decode_persistent"),
-    *("matvec", "sample", "advance"),
+    *("matvec", "add_bias", "sample", "advance"),
 ]
-SOURCES = [*(f"kernels/{name}.cu" for name in KERNELS), "model.cpp", "api.cpp"]
+SOURCES = [*(f"kernels/{name}.cu" for name in KERNELS), "cublaslt.cpp", "model.cpp", "api.cpp"]
 FLAGS = ["-std=c++17", "-O3", "-lineinfo", "-x", "cu", "-Xcompiler", "-fPIC"]
 CHECKED = ("75", "80", "90a", "120")
 ARCHITECTURES = "HEADROOM_CUDA_ARCHS"

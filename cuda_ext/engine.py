@@ -11,11 +11,16 @@ from torch import Tensor
 from cuda_ext import ops
 from cuda_ext.errors import CudaExtError
 from cuda_ext.packing import Packed, cache_elements, pack, table
+from cuda_ext.persistent import Persistent
+from cuda_ext.products import Choice, bucket, choose
+from cuda_ext.tuning import Tuner
 
 _CHUNK_ROWS = 2048  # tokens that one prefill launch works on: bounds the workspace
 _LOOK_EVERY = 8  # steps between looks at whether every sequence has ended
 _KEYS_PER_SPLIT = 64
-DECODE = ("graph", "eager")
+_KEPT_GRAPHS = 16
+_TRIED = 8  # tokens in which ways to decode are compared
+DECODE = ("graph", "persistent", "eager")
 
 
 def why_not() -> str | None:
@@ -52,27 +57,32 @@ class _Draw:
 class Engine:
     """A checkpoint with its KV cache on one device; every buffer is planned here, none is made while decoding.
 
-    `decode`: "graph" replays one CUDA graph a token, "eager" launches the kernels one by one.
+    `decode`: "graph" replays one CUDA graph a token; "persistent" runs one launch for many tokens, for batches of
+    1 to 4 where the model fits, and graphs for others; "eager" launches the kernels one by one; "auto" takes the
+    faster of the first two, measured once for each batch (tuning.py).
     """
 
     def __init__(
-        self, packed: Packed, *, device: str, max_batch: int = 1, max_context: int | None = None, decode: str = "graph"
+        self, packed: Packed, *, device: str, max_batch: int = 1, max_context: int | None = None, decode: str = "auto"
     ) -> None:
         shape = packed.shape
-        if decode not in DECODE:
-            raise CudaExtError(f"decode is {decode!r}; give one of {', '.join(DECODE)}")
+        if decode not in ("auto", *DECODE):
+            raise CudaExtError(f"decode is {decode!r}; give one of {', '.join(('auto', *DECODE))}")
         if max_batch < 1:
             raise CudaExtError(f"max_batch is {max_batch}; give 1 or more")
         capacity = max_context or shape.context
         if not 1 <= capacity <= shape.context:
             raise CudaExtError(f"max_context is {max_context}; the model's positions end at {shape.context}")
         self.shape, self.device, self.max_batch, self.context = shape, torch.device(device), max_batch, capacity
-        self._by_graph = decode == "graph" and self.device.type == "cuda"
+        self._packed, self._decode = packed, decode
         # Dependent launches came with Hopper.
         self._dependent = self.device.type == "cuda" and torch.cuda.get_device_capability(self.device) >= (9, 0)
         self.weights = packed.weights.to(self.device)
         self.cache = torch.zeros(cache_elements(shape, max_batch, capacity), dtype=torch.float16, device=self.device)
-        self.table = table(packed, self.weights, self.cache, max_batch, capacity)
+        self._tuner = Tuner(self.device)
+        self._choices: list[Choice] = []
+        self._chosen: set[tuple[int, int]] = set()
+        self.table = self._make_table()
         self._chunk = max(1, min(capacity, _CHUNK_ROWS // max_batch))
         size = ops.workspace_bytes(self.table, max_batch, self._chunk, self.device.type)
         self.workspace = torch.zeros(size, dtype=torch.uint8, device=self.device)
@@ -83,6 +93,8 @@ class Engine:
         self._drawn, self._finished = self._ints(max_batch), self._ints(max_batch)
         self._history = self._ints(max_batch, capacity)
         self._batch, self._longest = 0, 0  # as the host knows them
+        self._persistent = Persistent(self.table, max_batch, self.device) if decode in ("auto", "persistent") else None
+        self._ways: dict[int, str] = {}
         self._graphs: dict[tuple[object, ...], torch.cuda.CUDAGraph] = {}
         self._stop_tokens: dict[tuple[int, ...], Tensor] = {}
 
@@ -93,7 +105,7 @@ class Engine:
         device: str | None = None,
         max_batch: int = 1,
         max_context: int | None = None,
-        decode: str = "graph",
+        decode: str = "auto",
     ) -> Self:
         """Load a folder of `config.json` and safetensors, ours or stock GPT-2.
 
@@ -119,6 +131,7 @@ class Engine:
         for begin in range(0, length, self._chunk):
             part = tokens[:, begin : begin + self._chunk].contiguous()
             count = part.shape[1]
+            self._tune(batch * count, batch)
             some = torch.empty(batch * count, self.shape.vocabulary, dtype=torch.float32, device=self.device)
             start, lengths = self._full(batch, begin), self._full(batch, count)
             ops.prefill(self.table, self.workspace, self.cache, part, start, lengths, None, some)
@@ -140,6 +153,7 @@ class Engine:
         for begin in range(0, length, self._chunk):
             part = tokens[:, begin : begin + self._chunk].contiguous()
             width = part.shape[1]
+            self._tune(batch * width, batch)
             ends = [b for b, count in enumerate(counts) if begin < count <= begin + width]
             rows = self._of([b * width + counts[b] - 1 - begin for b in ends])
             here = self._of([min(max(count - begin, 0), width) for count in counts])
@@ -159,7 +173,7 @@ class Engine:
         self._tokens[: self._batch] = token_ids.to(self.device, torch.int32)
         self._position[: self._batch] += 1
         self._lengths[: self._batch] += 1
-        self._replay((self._batch,), lambda: self._launch(self._batch))
+        self._forward(self._batch)
         self._longest += 1
         return self._logits[: self._batch]
 
@@ -174,9 +188,9 @@ class Engine:
         if batch == 0:
             raise CudaExtError("extend has nothing to go on from; prefill first")
         self._make_room(count)
-        step = self._sampler(_Draw(temperature, top_k, top_p, seed), ())
-        for _ in range(count):
-            step()
+        self._draw_first(batch, _Draw(temperature, top_k, top_p, seed), ())
+        self._steps(batch, _Draw(temperature, top_k, top_p, seed), (), count - 1)
+        self._forward(batch)
         self._longest += count
         return self._history[:batch, :count].clone()
 
@@ -201,24 +215,22 @@ class Engine:
         """
         if max_new_tokens < 1:
             raise CudaExtError(f"max_new_tokens is {max_new_tokens}; give 1 or more")
-        how = _Draw(temperature, top_k, top_p, seed)
+        how, stops = _Draw(temperature, top_k, top_p, seed), tuple(stop)
         self.prefill(input_ids, lengths)
         batch = self._batch
         self._make_room(max_new_tokens - 1)
-        step = self._sampler(how, tuple(stop))
         watch = _Watch(self.device)
-        done = 0
-        for done in range(1, max_new_tokens + 1):
-            if done < max_new_tokens:
-                step()
-            else:  # the last one needs no logits behind it, nor room for them
-                self._draw(batch, how, self._stops(tuple(stop)))
-            if on_tokens is not None:
-                watch.send(torch.stack([self._tokens[:batch], self._finished[:batch]]), on_tokens)
-            elif len(stop) and done % _LOOK_EVERY == 0:
-                watch.send(torch.stack([self._tokens[:batch], self._finished[:batch]]))
-            if watch.all_finished():
+        self._draw_first(batch, how, stops)
+        done = 1
+        while True:
+            state = torch.stack([self._tokens[:batch], self._finished[:batch]])
+            if on_tokens is not None or len(stop):
+                watch.send(state, on_tokens)
+            if done == max_new_tokens or watch.all_finished():
                 break
+            count = min(1 if on_tokens is not None else _LOOK_EVERY, max_new_tokens - done)
+            self._steps(batch, how, stops, count)
+            done += count
         watch.drain()
         rows = self._history[:batch, :done].tolist()
         self.reset()
@@ -226,28 +238,37 @@ class Engine:
 
     # ---- one token ----
 
-    def _sampler(self, how: _Draw, stop: tuple[int, ...]) -> Callable[[], None]:
-        """What draws a token from the logits, and computes the next ones: one graph replay where there are graphs."""
-        batch, stops = self._batch, self._stops(stop)
+    def _draw_first(self, batch: int, how: _Draw, stop: tuple[int, ...]) -> None:
         self._drawn.zero_()
         self._finished.zero_()
+        self._draw(batch, how, stop)
+
+    def _steps(self, batch: int, how: _Draw, stop: tuple[int, ...], count: int) -> None:
+        """`count` times: the tokens drawn last through the model, and the next ones drawn."""
+        if count and how.temperature == 0 and self._way(batch) == "persistent":
+            self._launch_persistent(batch, stop, steps=count, greedy=True)
+            return
 
         def step() -> None:
-            self._draw(batch, how, stops)
             self._launch(batch)
+            self._draw(batch, how, stop)
 
-        return lambda: self._replay((batch, how, stop), step)
+        for _ in range(count):
+            self._run((batch, how, stop), step)
 
-    def _draw(self, batch: int, how: _Draw, stops: Tensor) -> None:
-        tokens, drawn = self._tokens[:batch], self._drawn[:batch]
+    def _forward(self, batch: int) -> None:
+        self._run((batch,), lambda: self._launch(batch))
+
+    def _draw(self, batch: int, how: _Draw, stop: tuple[int, ...]) -> None:
+        tokens, position, lengths, drawn, finished, history = self._state(batch)
         ops.sample(self._logits[:batch], drawn, tokens, how.temperature, how.top_k, how.top_p, how.seed)
-        ops.advance(
-            tokens, self._position[:batch], self._lengths[:batch], drawn, self._finished[:batch],
-            self._history[:batch], stops, 0, self.context,
-        )  # fmt: skip
+        ops.advance(tokens, position, lengths, drawn, finished, history, self._stops(stop), 0, self.context)
 
     def _launch(self, batch: int) -> None:
         """From tokens, positions and lengths to logits."""
+        if self._way(batch) == "persistent":
+            self._launch_persistent(batch, (), steps=1, greedy=False)
+            return
         # Fixed in a graph, so for the longest context: a split without keys costs little.
         splits = max(1, min(32, self.context // _KEYS_PER_SPLIT))
         ops.decode(
@@ -255,12 +276,67 @@ class Engine:
             self._lengths[:batch], self._logits[:batch], splits, self._dependent,
         )  # fmt: skip
 
+    def _launch_persistent(self, batch: int, stop: tuple[int, ...], *, steps: int, greedy: bool) -> None:
+        assert self._persistent is not None
+        state, stops = self._state(batch), self._stops(stop)
+        self._persistent.decode(self.cache, state, stops, self._logits[:batch], steps=steps, greedy=greedy)
+
+    def _state(self, batch: int) -> tuple[Tensor, ...]:
+        state = (self._tokens, self._position, self._lengths, self._drawn, self._finished, self._history)
+        return tuple(tensor[:batch] for tensor in state)
+
+    def _way(self, batch: int) -> str:
+        """How this batch is decoded."""
+        if batch not in self._ways:
+            if batch > ops.MATVEC_ROWS:
+                self._tune(batch, batch)
+            graph = "graph" if self._decode != "eager" and self.device.type == "cuda" else "eager"
+            ways = [graph]
+            if self._persistent is not None and self._persistent.fits(batch):
+                ways = ["persistent"] if self._decode == "persistent" else [graph, "persistent"]
+            self._ways[batch] = ways[0] if len(ways) == 1 else self._measured(batch, ways)
+        return self._ways[batch]
+
+    def _measured(self, batch: int, ways: list[str]) -> str:
+        """The fastest way to go on from what is held, which stays as it is."""
+        if self._longest + 1 + _TRIED > self.context:  # no room to try
+            return ways[0]
+        state = (*self._state(self.max_batch), self._logits)
+        kept = [tensor.clone() for tensor in state]
+
+        def restore() -> None:
+            for tensor, before in zip(state, kept, strict=True):
+                tensor.copy_(before)
+
+        def trial(way: str) -> Callable[[], None]:
+            def run() -> None:
+                restore()
+                self._position += 1  # the cache is written behind its end only
+                self._lengths += 1
+                self._finished.zero_()
+                self._ways[batch] = way
+                self._steps(batch, _Draw(0.0, 0, 1.0, 0), (), _TRIED)
+
+            return run
+
+        shape = self.shape
+        name = f"decode {batch} at {self.context}: {shape.width} {shape.inner} {shape.vocabulary} {shape.heads}"
+        fastest = self._tuner.fastest(name, {way: trial(way) for way in ways})
+        restore()
+        return fastest
+
+    def _run(self, name: tuple[object, ...], step: Callable[[], None]) -> None:
+        """`step`, by the graph of this name where this batch goes by graphs."""
+        if self._way(self._batch) != "graph":
+            step()
+        else:
+            self._replay(name, step)
+
     def _replay(self, name: tuple[object, ...], step: Callable[[], None]) -> None:
         """Run `step` by the graph of this name, captured when it is first met."""
-        if not self._by_graph:
-            step()
-            return
         if name not in self._graphs:
+            if len(self._graphs) == _KEPT_GRAPHS:  # each seed has one
+                del self._graphs[next(iter(self._graphs))]
             self._graphs[name] = self._capture(step)
         self._graphs[name].replay()
 
@@ -284,6 +360,20 @@ class Engine:
         if stop not in self._stop_tokens:
             self._stop_tokens[stop] = self._of(stop)
         return self._stop_tokens[stop]
+
+    # ---- measured choices ----
+
+    def _tune(self, rows: int, head_rows: int) -> None:
+        """Make sure that the ways of products of so many rows have been measured."""
+        buckets = bucket(rows), bucket(head_rows)
+        if self._tuner.active and buckets not in self._chosen:
+            self._chosen.add(buckets)
+            chosen = choose(self._packed, self.weights, *buckets, self._tuner)
+            self._choices = list(dict.fromkeys([*self._choices, *chosen]))
+            self.table = self._make_table()
+
+    def _make_table(self) -> Tensor:
+        return table(self._packed, self.weights, self.cache, self.max_batch, self.context, self._choices)
 
     # ---- small things ----
 

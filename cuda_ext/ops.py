@@ -16,6 +16,8 @@ from cuda_ext.errors import CudaExtError
 
 MATVEC_ROWS = 8
 """Batches up to this size decode by matrix-vector products (csrc/ops.h)."""
+PERSISTENT_BATCH = 4
+"""Batches up to this size can decode in one launch (csrc/decode_persistent.h)."""
 
 
 @functools.cache
@@ -28,14 +30,45 @@ def library(device: str) -> ctypes.CDLL:
             loaded = host_build.host_library(build.SOURCES)
         except host_build.HostBuildError as error:
             raise CudaExtError(str(error)) from error
-    loaded.hr_workspace_bytes.restype = ctypes.c_int64
-    loaded.hr_error_text.restype = ctypes.c_char_p
+    for name in ("hr_workspace_bytes", "hr_layers", "hr_persistent_bytes", "hr_product_scratch_bytes"):
+        getattr(loaded, name).restype = ctypes.c_int64
+    for name in ("hr_error_text", "hr_product_way_name"):
+        getattr(loaded, name).restype = ctypes.c_char_p
     return loaded
 
 
 def workspace_bytes(table: Tensor, batch: int, length: int, device: str) -> int:
     """Of the buffer that prefill and decode work in. `table`: packing.table's."""
     return int(library(device).hr_workspace_bytes(_pointer(table), batch, length))
+
+
+def layers(table: Tensor, device: str) -> Tensor:
+    """The table's layers as decode_persistent reads them, uint8 on the CPU."""
+    kernels = library(device)
+    held = torch.zeros(kernels.hr_layers(_pointer(table), None), dtype=torch.uint8)
+    kernels.hr_layers(_pointer(table), _pointer(held))
+    return held
+
+
+def persistent_blocks(table: Tensor, batch: int, threads: int, device: str) -> int:
+    """How many blocks decode_persistent can have; 0 where the model does not fit the device."""
+    return int(library(device).hr_persistent_blocks(_pointer(table), batch, threads))
+
+
+def persistent_bytes(table: Tensor, blocks: int, threads: int, device: str) -> int:
+    """Of the buffer that decode_persistent works in; it must be zeros before the first launch."""
+    return int(library(device).hr_persistent_bytes(_pointer(table), blocks, threads))
+
+
+def product_ways(device: str) -> list[str]:
+    """The names of the ways that `product` knows here."""
+    kernels = library(device)
+    return [kernels.hr_product_way_name(way).decode() for way in range(kernels.hr_product_ways())]
+
+
+def product_scratch_bytes(device: str) -> int:
+    """Of the buffer that `product` works in."""
+    return int(library(device).hr_product_scratch_bytes())
 
 
 @torch.library.custom_op("headroom::prefill", mutates_args=("workspace", "cache", "logits"))
@@ -70,6 +103,38 @@ def decode(
     )  # fmt: skip
 
 
+@torch.library.custom_op(
+    "headroom::decode_persistent",
+    mutates_args=(
+        "workspace", "cache", "tokens", "position", "lengths", "step", "finished", "history", "logits",
+    ),
+)  # fmt: skip
+def decode_persistent(
+    table: Tensor, layers: Tensor, workspace: Tensor, cache: Tensor, tokens: Tensor, position: Tensor, lengths: Tensor,
+    step: Tensor, finished: Tensor, history: Tensor, stop: Tensor, logits: Tensor, pad: int, greedy: bool, steps: int,
+    blocks: int, threads: int,
+) -> None:  # fmt: skip
+    """`steps` times `decode`, and if `greedy` the likeliest tokens and `advance` after each, in one launch."""
+    _check([tokens, position, lengths, step, finished, history, stop], [logits])
+    _run(
+        tokens.device, "hr_decode_persistent", table, layers, workspace, tokens, position, lengths, step, finished,
+        history, history.shape[1], stop, stop.numel(), pad, tokens.shape[0], int(greedy), steps, logits,
+        logits.stride(0), blocks, threads,
+    )  # fmt: skip
+
+
+@torch.library.custom_op("headroom::product", mutates_args=("out", "scratch"))
+def product(
+    a: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, scratch: Tensor, epilogue: int, way: int
+) -> None:
+    """out = epilogue(a weight^T + bias), by number as in csrc/ops.h; FP16 [m, k] and [n, k], rows 16-byte aligned."""
+    m, n = out.shape
+    _run(
+        out.device, "hr_product", a, a.stride(0), weight, weight.stride(0), bias, out, out.stride(0), m, n, a.shape[1],
+        epilogue, way, scratch,
+    )  # fmt: skip
+
+
 @torch.library.custom_op("headroom::sample", mutates_args=("step", "tokens"))
 def sample(
     logits: Tensor, step: Tensor, tokens: Tensor, temperature: float, top_k: int, top_p: float, seed: int
@@ -98,7 +163,7 @@ def advance(
     )  # fmt: skip
 
 
-for _operation in (prefill, decode, sample, advance):
+for _operation in (prefill, decode, decode_persistent, product, sample, advance):
     _operation.register_fake(lambda *arguments, **named: None)
 
 

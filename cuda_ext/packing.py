@@ -2,6 +2,7 @@
 
 import json
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -130,10 +131,17 @@ def pack(folder: Path) -> Packed:
     return Packed(shape, weights, offsets)
 
 
-def table(packed: Packed, weights: torch.Tensor, cache: torch.Tensor, max_batch: int, capacity: int) -> torch.Tensor:
-    """What csrc/api.cpp reads: sizes and addresses, int64 on the CPU.
+def table(
+    packed: Packed,
+    weights: torch.Tensor,
+    cache: torch.Tensor,
+    max_batch: int,
+    capacity: int,
+    choices: Sequence[tuple[int, int, int, int, int]] = (),
+) -> torch.Tensor:
+    """What csrc/api.cpp reads: sizes, addresses and choices, int64 on the CPU.
 
-    `weights` is `packed.weights` on the device; `cache` FP16 [cache_elements(...)].
+    `weights` is `packed.weights` on the device; `cache` FP16 [cache_elements(...)]; `choices`: csrc/model.h's.
     """
     shape = packed.shape
 
@@ -150,6 +158,7 @@ def table(packed: Packed, weights: torch.Tensor, cache: torch.Tensor, max_batch:
         each = 2 * max_batch * heads * capacity * shape.head_dim  # bytes of K, and of V
         numbers += [at, at + each]
         at += 2 * each
+    numbers += [len(choices), *(number for choice in choices for number in choice)]
     return torch.tensor(numbers, dtype=torch.int64)
 
 

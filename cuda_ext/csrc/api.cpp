@@ -1,8 +1,9 @@
 #include "api.h"
 
+#include <algorithm>
 #include <cstring>
 
-#include "model.h"
+#include "decode_persistent.h"
 
 using namespace headroom;
 
@@ -36,7 +37,26 @@ Model read(const int64_t* table) {
         layer.cache = {k, r.address(), layer.heads, capacity, m.head_dim};
         m.layers.push_back(layer);
     }
+    for (int64_t left = *r.next++; left > 0; --left) {
+        Choice choice{};
+        choice.rows = r.number(), choice.n = r.number(), choice.k = r.number();
+        choice.epilogue = static_cast<Epilogue>(r.number());
+        choice.way = r.number();
+        m.choices.push_back(choice);
+    }
     return m;
+}
+
+PersistentDecode persistent(const Model& m, int batch, int blocks, int threads) {
+    PersistentDecode p{};
+    p.layer_count = static_cast<int>(m.layers.size());
+    for (const Layer& layer : m.layers) p.most_heads = std::max(p.most_heads, layer.heads);
+    p.width = m.width, p.inner = m.inner, p.vocabulary = m.vocabulary, p.context = m.context;
+    p.head_dim = m.head_dim, p.ld_width = m.ld_width, p.ld_inner = m.ld_inner, p.epsilon = m.epsilon;
+    p.wte = m.wte, p.wpe = m.wpe, p.lnf_gain = m.lnf_gain, p.lnf_bias = m.lnf_bias;
+    p.state.batch = batch, p.state.capacity = m.layers.empty() ? 0 : m.layers[0].cache.capacity;
+    p.blocks = blocks, p.threads = threads;
+    return p;
 }
 
 Stream as_stream(void* stream) { return static_cast<Stream>(stream); }
@@ -74,7 +94,47 @@ int hr_advance(int* tokens, int* position, int* lengths, int* step, int* finishe
                    as_stream(stream));
 }
 
+int hr_product(const void* a, int ld_a, const void* weight, int ld_weight, const void* bias, void* out, int ld_out, int m,
+               int n, int k, int epilogue, int way, void* scratch, void* stream) {
+    const auto* b = static_cast<const half*>(bias);
+    return product({static_cast<const half*>(a), static_cast<const half*>(weight), b, static_cast<half*>(out),
+                    static_cast<float*>(out), m, n, k, ld_a, ld_weight, ld_out, static_cast<Epilogue>(epilogue)},
+                   way, scratch, as_stream(stream));
+}
+
+int hr_product_ways() { return product_ways(); }
+const char* hr_product_way_name(int way) { return product_way_name(way); }
+int64_t hr_product_scratch_bytes() { return cublaslt_is_there() ? kCublasLtBytes : 0; }
+
+int64_t hr_layers(const int64_t* table, void* layers) {
+    const Model model = read(table);
+    const size_t bytes = model.layers.size() * sizeof(Layer);
+    if (layers != nullptr) std::memcpy(layers, model.layers.data(), bytes);
+    return static_cast<int64_t>(bytes);
+}
+
+int hr_persistent_blocks(const int64_t* table, int batch, int threads) {
+    return persistent_max_blocks(persistent(read(table), batch, 1, threads));
+}
+
+int64_t hr_persistent_bytes(const int64_t* table, int blocks, int threads) {
+    return static_cast<int64_t>(persistent_workspace_bytes(persistent(read(table), 1, blocks, threads)));
+}
+
+int hr_decode_persistent(const int64_t* table, const void* layers, void* workspace, int* tokens, int* position,
+                         int* lengths, int* step, int* finished, int* history, int history_capacity, const int* stop,
+                         int stop_count, int pad, int batch, int greedy, int steps, float* logits, int ld_logits,
+                         int blocks, int threads, void* stream) {
+    PersistentDecode p = persistent(read(table), batch, blocks, threads);
+    p.layers = static_cast<const Layer*>(layers), p.workspace = workspace;
+    p.state = {tokens, position, lengths, step, finished, history, stop, stop_count, pad, batch, history_capacity,
+               p.state.capacity};
+    p.greedy = greedy != 0, p.logits = logits, p.ld_logits = ld_logits;
+    return decode_persistent(p, steps, as_stream(stream));
+}
+
 const char* hr_error_text(int code) {
+    if (code == kCublasLtCannot) return "cuBLASLt refused the product";
 #if defined(__CUDACC__)
     return cudaGetErrorString(static_cast<cudaError_t>(code));
 #else

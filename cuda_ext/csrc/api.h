@@ -18,5 +18,22 @@ int hr_sample(const float* logits, int ld_logits, int vocabulary, int batch, flo
               uint64_t seed, int* step, int* tokens, void* stream);
 int hr_advance(int* tokens, int* position, int* lengths, int* step, int* finished, int* history, const int* stop,
                int stop_count, int pad, int batch, int history_capacity, int capacity, void* stream);
+
+// Ways to multiply: see product.h. `epilogue` as in ops.h; `scratch`: hr_product_scratch_bytes() on the device.
+int hr_product(const void* a, int ld_a, const void* weight, int ld_weight, const void* bias, void* out, int ld_out, int m,
+               int n, int k, int epilogue, int way, void* scratch, void* stream);
+int hr_product_ways();
+const char* hr_product_way_name(int way);
+int64_t hr_product_scratch_bytes();
+
+// Decoding in one launch, see decode_persistent.h. `layers`: what hr_layers wrote, on the device.
+int64_t hr_layers(const int64_t* table, void* layers);  // returns its size in bytes; writes unless null
+int hr_persistent_blocks(const int64_t* table, int batch, int threads);  // 0: the model does not fit the device
+int64_t hr_persistent_bytes(const int64_t* table, int blocks, int threads);
+int hr_decode_persistent(const int64_t* table, const void* layers, void* workspace, int* tokens, int* position,
+                         int* lengths, int* step, int* finished, int* history, int history_capacity, const int* stop,
+                         int stop_count, int pad, int batch, int greedy, int steps, float* logits, int ld_logits,
+                         int blocks, int threads, void* stream);
+
 const char* hr_error_text(int code);
 }

@@ -23,6 +23,7 @@ struct Workspace {
     half* inner;       // [rows, ld_inner]
     float* partial;    // of split attention
     unsigned* counters;
+    unsigned char* scratch;  // of cuBLASLt
     size_t bytes;
 
     Workspace(const Model& model, void* base, int batch, int length) {
@@ -39,11 +40,12 @@ struct Workspace {
         carve(inner, rows * model.ld_inner);
         carve(partial, static_cast<size_t>(batch) * heads * kMaxSplits * (model.head_dim + 2));
         carve(counters, static_cast<size_t>(batch) * heads);
+        carve(scratch, cublaslt_is_there() ? kCublasLtBytes : 0);
         bytes = static_cast<size_t>(next - static_cast<unsigned char*>(base));
     }
 };
 
-// The largest tile that still gives a large GPU's multiprocessors something to do each.
+// Where nothing was measured: the largest tile that still gives a large GPU's multiprocessors something to do each.
 int tile_for(int m, int n) {
     constexpr int kBlocks = 100;
     const auto blocks = [&](int bm, int bn) { return ceil_div(m, bm) * ceil_div(n, bn); };
@@ -60,11 +62,19 @@ struct Sequence {
     void operator()(int result) { error = error != 0 ? error : result; }
 };
 
-int product(const half* a, int ld_a, const half* weight, int ld_weight, const half* bias, void* out, int ld_out, int m,
-            int n, int k, Epilogue epilogue, Stream stream) {
+int way_for(const Model& model, const Gemm& p) {
+    for (const Choice& c : model.choices) {
+        const bool same = c.n == p.n && c.k == p.k && c.epilogue == p.epilogue;
+        if (same && p.m <= c.rows && c.rows < 2 * p.m) return c.way;
+    }
+    return tile_for(p.m, p.n);
+}
+
+int multiply(const Model& model, const Workspace& w, const half* a, int ld_a, const half* weight, int ld_weight,
+             const half* bias, void* out, int ld_out, int m, int n, int k, Epilogue epilogue, Stream stream) {
     const Gemm problem{a, weight, bias, static_cast<half*>(out), static_cast<float*>(out), m, n, k, ld_a, ld_weight, ld_out,
                        epilogue};
-    return gemm(problem, tile_for(m, n), stream);
+    return product(problem, way_for(model, problem), w.scratch, stream);
 }
 
 // A layer's feed-forward half, for many rows.
@@ -72,10 +82,10 @@ int feed_forward(const Model& model, const Layer& layer, const Workspace& w, int
     Sequence run;
     run(layer_norm(w.x, nullptr, layer.ln2_gain, layer.ln2_bias, w.normal, rows, model.width, model.ld_width,
                    model.ld_width, model.epsilon, stream));
-    run(product(w.normal, model.ld_width, layer.fc_weight, model.ld_width, layer.fc_bias, w.inner, model.ld_inner, rows,
-                model.inner, model.width, Epilogue::kGelu, stream));
-    run(product(w.inner, model.ld_inner, layer.proj_weight, model.ld_inner, layer.proj_bias, w.x, model.ld_width, rows,
-                model.width, model.inner, Epilogue::kResidual, stream));
+    run(multiply(model, w, w.normal, model.ld_width, layer.fc_weight, model.ld_width, layer.fc_bias, w.inner,
+                 model.ld_inner, rows, model.inner, model.width, Epilogue::kGelu, stream));
+    run(multiply(model, w, w.inner, model.ld_inner, layer.proj_weight, model.ld_inner, layer.proj_bias, w.x,
+                 model.ld_width, rows, model.width, model.inner, Epilogue::kResidual, stream));
     return run.error;
 }
 
@@ -86,16 +96,16 @@ int project(const Model& model, const Layer& layer, const Workspace& w, const in
     Sequence run;
     run(layer_norm(w.x, nullptr, layer.ln1_gain, layer.ln1_bias, w.normal, rows, model.width, model.ld_width,
                    model.ld_width, model.epsilon, stream));
-    run(product(w.normal, model.ld_width, layer.qkv_weight, model.ld_width, layer.qkv_bias, w.qkv, 3 * all, rows, 3 * all,
-                model.width, Epilogue::kHalf, stream));
+    run(multiply(model, w, w.normal, model.ld_width, layer.qkv_weight, model.ld_width, layer.qkv_bias, w.qkv, 3 * all,
+                 rows, 3 * all, model.width, Epilogue::kHalf, stream));
     run(kv_append(w.qkv, 3 * all, layer.cache, start, lengths, batch, length, stream));
     return run.error;
 }
 
 int add_attention(const Model& model, const Layer& layer, const Workspace& w, int rows, Stream stream) {
     const int all = layer.heads * model.head_dim;
-    return product(w.attention, all, layer.out_weight, all, layer.out_bias, w.x, model.ld_width, rows, model.width, all,
-                   Epilogue::kResidual, stream);
+    return multiply(model, w, w.attention, all, layer.out_weight, all, layer.out_bias, w.x, model.ld_width, rows,
+                    model.width, all, Epilogue::kResidual, stream);
 }
 
 // LayerNorm and LM head of the rows that `rows` lists, or of the first `count`.
@@ -105,8 +115,8 @@ int head(const Model& model, const Workspace& w, const int* rows, int count, flo
     Sequence run;
     run(layer_norm(w.x, rows, model.lnf_gain, model.lnf_bias, w.normal, count, model.width, model.ld_width,
                    model.ld_width, model.epsilon, stream));
-    run(product(w.normal, model.ld_width, model.wte, model.ld_width, nullptr, logits, ld_logits, count, model.vocabulary,
-                model.width, Epilogue::kFloat, stream));
+    run(multiply(model, w, w.normal, model.ld_width, model.wte, model.ld_width, nullptr, logits, ld_logits, count,
+                 model.vocabulary, model.width, Epilogue::kFloat, stream));
     return run.error;
 }
 

@@ -36,6 +36,9 @@ int gemm(const Gemm& problem, int variant, Stream stream);
 int gemm_variants();
 const char* gemm_variant_name(int variant);
 
+// x[row, column] += bias[column]; FP32 [m, n], rows ld apart.
+int add_bias(const half* bias, float* x, int m, int n, int ld, Stream stream);
+
 // ---- KV cache ----
 // One layer: K then V, each [batch, heads, capacity, head_dim] FP16.
 struct KvCache {

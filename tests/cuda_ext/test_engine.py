@@ -1,12 +1,14 @@
 """The whole engine, its kernels running on the CPU, against CompactGPT2 in FP32 on the same FP16 weights."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
 from cuda_ext import CheckpointError, CudaExtError, Engine
+from cuda_ext.tuning import Tuner
 from pipeline.checkpoint import load_model
 from pipeline.model import CompactGPT2Config, CompactGPT2LMHeadModel
 
@@ -51,10 +53,12 @@ def test_forward(folder: Path, reference: CompactGPT2LMHeadModel) -> None:
         close(engine.forward(ids), reference(ids).logits, folder, ids)
 
 
-@pytest.mark.parametrize("batch", [1, 3, 9])
-def test_prefill_and_decode(folder: Path, reference: CompactGPT2LMHeadModel, batch: int) -> None:
+@pytest.mark.parametrize(
+    ("batch", "decode"), [(1, "auto"), (3, "eager"), (9, "eager"), (1, "persistent"), (3, "persistent")]
+)
+def test_prefill_and_decode(folder: Path, reference: CompactGPT2LMHeadModel, batch: int, decode: str) -> None:
     """Nine sequences take the path of matrix products, fewer that of matrix-vector products."""
-    engine = Engine.from_checkpoint(folder, device="cpu", max_batch=batch)
+    engine = Engine.from_checkpoint(folder, device="cpu", max_batch=batch, decode=decode)
     engine.cache.fill_(float("nan"))  # nothing that was not written may be read
     ids = torch.randint(0, VOCABULARY, (batch, 12))
     with torch.inference_mode():
@@ -81,8 +85,9 @@ def test_prompts_in_chunks_and_of_unequal_lengths(folder: Path, reference: Compa
     assert torch.allclose(whole, in_chunks, atol=2e-2)
 
 
-def test_greedy_tokens_are_the_references(folder: Path, reference: CompactGPT2LMHeadModel) -> None:
-    engine = Engine.from_checkpoint(folder, device="cpu", max_batch=2)
+@pytest.mark.parametrize("decode", ["eager", "persistent"])
+def test_greedy_tokens_are_the_references(folder: Path, reference: CompactGPT2LMHeadModel, decode: str) -> None:
+    engine = Engine.from_checkpoint(folder, device="cpu", max_batch=2, decode=decode)
     ids = torch.randint(2, VOCABULARY, (2, 6))
     with torch.inference_mode():
         wanted = reference.generate(ids, max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)[:, 6:]
@@ -94,8 +99,9 @@ def test_greedy_tokens_are_the_references(folder: Path, reference: CompactGPT2LM
     assert cut == [row[: row.index(stop) + 1] if stop in row else row for row in got]
 
 
-def test_extend_goes_on_from_what_is_held(folder: Path) -> None:
-    engine = Engine.from_checkpoint(folder, device="cpu", max_batch=2)
+@pytest.mark.parametrize("decode", ["eager", "persistent"])
+def test_extend_goes_on_from_what_is_held(folder: Path, decode: str) -> None:
+    engine = Engine.from_checkpoint(folder, device="cpu", max_batch=2, decode=decode)
     ids = torch.randint(2, VOCABULARY, (2, 6))
     wanted = engine.generate(ids, 9)
     with pytest.raises(CudaExtError, match="prefill first"):
@@ -106,12 +112,31 @@ def test_extend_goes_on_from_what_is_held(folder: Path) -> None:
     assert torch.cat([first, engine.extend(5)], 1).tolist() == [row[:3] + row[4:] for row in wanted]
 
 
-def test_a_seed_draws_the_same_tokens_again(folder: Path) -> None:
-    engine = Engine.from_checkpoint(folder, device="cpu", max_batch=2)
+@pytest.mark.parametrize("decode", ["eager", "persistent"])
+def test_a_seed_draws_the_same_tokens_again(folder: Path, decode: str) -> None:
+    engine = Engine.from_checkpoint(folder, device="cpu", max_batch=2, decode=decode)
     ids = torch.randint(0, VOCABULARY, (1, 4)).repeat(2, 1)
     first = engine.generate(ids, 8, temperature=1.0, top_k=40, top_p=0.9, seed=3)
     assert first == engine.generate(ids, 8, temperature=1.0, top_k=40, top_p=0.9, seed=3)
     assert first[0] != first[1] and first != engine.generate(ids, 8, temperature=1.0, top_k=40, top_p=0.9, seed=4)
+
+
+def test_trying_ways_to_decode_leaves_what_is_held(folder: Path, tmp_path: Path) -> None:
+    ids = torch.randint(2, VOCABULARY, (2, 6))
+    plain, tried = (Engine.from_checkpoint(folder, device="cpu", max_batch=2) for _ in range(2))
+    calls: list[str] = []
+
+    def clock(run: Callable[[], None], count: int) -> float:
+        run()
+        calls.append(tried._ways[2])
+        return 1.0 if tried._ways[2] == "persistent" else 2.0
+
+    tried._tuner = Tuner(torch.device("cuda"), tmp_path / "choices", clock)
+    tried._tune = lambda rows, head_rows: None  # type: ignore[method-assign]
+    for engine in (plain, tried):
+        engine.prefill(ids)
+    assert torch.allclose(plain.extend(8), tried.extend(8))
+    assert set(calls) == {"eager", "persistent"} and tried._ways == {2: "persistent"}
 
 
 def test_mistakes_are_one_sentence(folder: Path) -> None:
@@ -129,6 +154,8 @@ def test_mistakes_are_one_sentence(folder: Path) -> None:
         engine.decode(torch.zeros(1, dtype=torch.long))
     with pytest.raises(CudaExtError, match="max_context is 97"):
         Engine.from_checkpoint(folder, device="cpu", max_context=97)
+    with pytest.raises(CudaExtError, match="decode is 'fast'; give one of auto, graph, persistent, eager"):
+        Engine.from_checkpoint(folder, device="cpu", decode="fast")
     if not torch.cuda.is_available():
         with pytest.raises(CudaExtError, match="cannot run"):
             Engine.from_checkpoint(folder)

@@ -30,6 +30,8 @@ class Mutation:
 
 BLOCK_SUM = "test_host_runtime.py -k block_sum"
 NORM = "test_norm_and_embedding.py -k test_layer_norm"
+EMBED = "test_norm_and_embedding.py -k test_embedding"
+ADVANCE = "test_sample.py -k test_after_a_token"
 GEMM = "test_gemm.py -k any_order"
 PREFILL = "test_attention.py -k behind_a_past"
 DECODE = "test_attention.py -k decode_in_any_order"
@@ -56,6 +58,12 @@ MUTATIONS = {
     "layer_norm: no zeros in the padding": Mutation(
         "row_norm.h", "each_eight(in, width, ld_out, mean", "each_eight(in, width, width, mean", NORM
     ),
+    "embed: the position before": Mutation("kernels/embed.cu", "length] + t", "length] + t - 1", EMBED),
+    "embed: one load too few": Mutation("kernels/embed.cu", "column < ld;", "column < ld - 8;", EMBED),
+    "kv_append: behind its place": Mutation("kernels/kv_append.cu", "sequence] + t", "sequence] + t + 1", PREFILL),
+    "kv_append: padding too": Mutation("kernels/kv_append.cu", "t >= lengths[", "t > lengths[", PREFILL),
+    "advance: later in the history": Mutation("kernels/advance.cu", "step[row] - 1", "step[row]", ADVANCE),
+    "advance: overlooks a stop token": Mutation("kernels/advance.cu", "s.stop_count", "s.stop_count - 1", ADVANCE),
     "gemm: reads a stage that is not there for all": Mutation(
         "kernels/gemm.cu", "sync_block();", "", GEMM, after="cp_async_wait<T::STAGES - 2>"
     ),

@@ -33,9 +33,16 @@ def test_opcheck(engine: Engine) -> None:
     torch.library.opcheck(
         ops.prefill, (*model, prompt, ints(0, 0), ints(3, 3), ints(2, 5), logits), test_utils=checks
     )  # fmt: skip
+    a, weight, out, scratch = torch.ones(4, 32).half(), torch.ones(8, 32).half(), torch.zeros(4, 8), torch.zeros(1)
+    torch.library.opcheck(ops.product, (a, weight, None, out, scratch, 3, 0), test_utils=checks)
     torch.library.opcheck(ops.sample, (torch.randn(2, 50), ints(0, 0), tokens, 1.0, 5, 0.9, 7), test_utils=checks)
     state = (ints(1, 2), ints(3, 3), ints(4, 4), ints(1, 1), ints(0, 0), torch.zeros(2, 4, dtype=torch.int32))
     torch.library.opcheck(ops.advance, (*state, ints(7), 0, 16), test_utils=checks)
+    layers, size = ops.layers(engine.table, "cpu"), ops.persistent_bytes(engine.table, 2, 64, "cpu")
+    persistent = (engine.table, layers, torch.zeros(size, dtype=torch.uint8), engine.cache)
+    torch.library.opcheck(
+        ops.decode_persistent, (*persistent, *state, ints(7), logits, 0, True, 2, 2, 64), test_utils=checks
+    )  # fmt: skip
 
 
 def test_wrong_tensors_are_refused(engine: Engine) -> None:

@@ -99,7 +99,7 @@ def test_after_a_token(ops: Any) -> None:
 
     tokens, position, lengths = ints(5, 7, 9, 1), ints(3, 4, 5, 9), ints(4, 5, 6, 10)
     step, finished, history = ints(1, 2, 2, 1), ints(0, 0, 1, 0), torch.full((4, 3), -1, dtype=torch.int32)
-    ops.advance(tokens, position, lengths, step, finished, history, ints(7, 8), 2, 0, 4, 3, 10)
+    ops.advance(tokens, position, lengths, step, finished, history, ints(8, 7), 2, 0, 4, 3, 10)
     assert tokens.tolist() == [5, 7, 0, 1]  # a finished sequence goes on with padding
     assert finished.tolist() == [0, 1, 1, 1]  # as before, a stop token, long since, no room
     assert position.tolist() == [4, 5, 5, 9] and lengths.tolist() == [5, 6, 6, 10]
