@@ -1,14 +1,17 @@
-"""Compile the kernels: `python -m cuda_ext.build`, or on first use.
+"""Compile the kernels: `python -m cuda_ext.build`, `pip install ./cuda_ext`, or on first use.
 
 One list of sources, one list of flags. The library has a plain C surface (csrc/api.h), so it depends on no
 version of torch or Python: only on its sources, the compiler and the architectures, which name its place in
-the cache. `--check` compiles every kernel for every supported architecture without a GPU, and fails where
+the cache. A library that was installed with the package is taken where it was built from the same sources, for
+the GPUs that are here. `--check` compiles every kernel for every supported architecture without a GPU, and fails where
 registers spill to memory.
 """
 
 import argparse
 import fcntl
 import hashlib
+import importlib.util
+import json
 import os
 import re
 import shutil
@@ -29,15 +32,21 @@ KERNELS = [
 SOURCES = [*(f"kernels/{name}.cu" for name in KERNELS), "cublaslt.cpp", "model.cpp", "api.cpp"]
 FLAGS = ["-std=c++17", "-O3", "-lineinfo", "-x", "cu", "-Xcompiler", "-fPIC"]
 CHECKED = ("75", "80", "90a", "120")
+INSTALLED = ("75", "80", "86", "89", "90a", "100", "120")  # by pip, unless the environment names others
+LIBRARY = "libheadroom_cuda.so"
 ARCHITECTURES = "HEADROOM_CUDA_ARCHS"
+_SHIPPED = "compiled"
 
 
 def library() -> Path:
     """The shared library for this machine's GPUs, compiled if it is not there yet. Raises CudaExtError."""
     architectures = wanted_architectures()
+    shipped = _installed(architectures)
+    if shipped is not None:
+        return shipped
     nvcc = find_nvcc()
     folder = cache_folder() / key(architectures, _version(nvcc))
-    path = folder / "libheadroom_cuda.so"
+    path = folder / LIBRARY
     if path.exists():
         return path
     folder.mkdir(parents=True, exist_ok=True)
@@ -46,6 +55,26 @@ def library() -> Path:
         if not path.exists():
             _compile(nvcc, architectures, folder, path)
     return path
+
+
+def install(folder: Path) -> None:
+    """Compile into an installation's copy of this package, for INSTALLED or those named in the environment."""
+    architectures = wanted_architectures() if os.environ.get(ARCHITECTURES) else INSTALLED
+    place = folder / _SHIPPED
+    place.mkdir(parents=True, exist_ok=True)
+    _compile(find_nvcc(), architectures, place, place / LIBRARY)
+    told = {"sources": key(architectures, ""), "architectures": architectures}
+    (place / "build.json").write_text(json.dumps(told), encoding="utf-8")
+
+
+def _installed(architectures: Sequence[str]) -> Path | None:
+    place = Path(__file__).parent / _SHIPPED
+    try:
+        told = json.loads((place / "build.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    same = told["sources"] == key(told["architectures"], "")
+    return place / LIBRARY if same and set(architectures) <= set(told["architectures"]) else None
 
 
 def wanted_architectures() -> tuple[str, ...]:
@@ -132,17 +161,25 @@ def _compile(nvcc: str, architectures: Sequence[str], folder: Path, path: Path) 
         objects = [str(Path(scratch) / f"{Path(source).stem}.o") for source in SOURCES]
 
         def compile_one(job: tuple[str, str]) -> None:
-            _run([nvcc, *FLAGS, *_targets(architectures), "-c", job[0], "-o", job[1]])
+            _run([nvcc, *FLAGS, *_includes(), *_targets(architectures), "-c", job[0], "-o", job[1]])
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(compile_one, zip(SOURCES, objects, strict=True)))
         part = Path(scratch) / path.name
-        _run([nvcc, "-shared", "-cudart", "static", *objects, "-o", str(part)])
+        _run([nvcc, "-shared", "-cudart", "static", *objects, "-ldl", "-o", str(part)])
         part.rename(path)
 
 
 def _targets(architectures: Sequence[str]) -> list[str]:
     return [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in architectures]
+
+
+def _includes() -> list[str]:
+    """Where cublasLt.h may lie besides the toolkit: torch's own wheels bring it."""
+    spec = importlib.util.find_spec("nvidia")
+    places = spec.submodule_search_locations if spec is not None else None
+    found = [path.parent for place in places or () for path in Path(place).glob("*/include/cublasLt.h")]
+    return [f"-I{folder}" for folder in found]
 
 
 def _run(command: list[str]) -> str:

@@ -1,5 +1,7 @@
 """The build without a GPU: what names it, what it refuses, and that spills are seen."""
 
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -64,6 +66,35 @@ def test_a_missing_compiler_is_one_line(tmp_path: Path) -> None:
     assert done.stderr.splitlines()[-1] == (
         "error: nvcc was not found; install the CUDA toolkit (12.4 or later) or set CUDA_HOME"
     )
+
+
+def test_pip_installs_the_package_and_compiles_where_it_can(nvcc: str, tmp_path: Path) -> None:
+    """A wheel of a small list of sources; with another architecture, or changed sources, it is not taken."""
+    source = Path(
+        shutil.copytree(ROOT / "cuda_ext", tmp_path / "cuda_ext", ignore=shutil.ignore_patterns("__pycache__"))
+    )
+    text = (source / "build.py").read_text()
+    listed = next(line for line in text.splitlines() if line.startswith("SOURCES = "))
+    (source / "build.py").write_text(text.replace(listed, 'SOURCES = ["kernels/advance.cu"]'))
+    target = tmp_path / "site"
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--target"]
+    environment = os.environ | {build.ARCHITECTURES: "80"}
+    subprocess.run([*command, str(target), str(source)], env=environment, check=True, capture_output=True)
+    assert not list(source.glob("compiled")) and (target / "cuda_ext" / "csrc" / "kernels" / "gemm.cu").exists()
+
+    def found(architectures: str) -> str:
+        code = f"import sys; sys.path.insert(0, {str(target)!r}); import cuda_ext.build as b; print(b.__file__);"
+        code += f"print(b._installed({architectures!r}.split()))"
+        done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+        where, library = done.stdout.splitlines()
+        assert where.startswith(str(target))
+        return library
+
+    assert found("80") == str(target / "cuda_ext" / "compiled" / build.LIBRARY) and Path(found("80")).exists()
+    assert found("80 90a") == "None"
+    with (target / "cuda_ext" / "csrc" / "kernels" / "advance.cu").open("a") as file:
+        file.write("// changed")
+    assert found("80") == "None"
 
 
 GREEDY = """
