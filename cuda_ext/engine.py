@@ -86,7 +86,8 @@ class Engine:
         self._chunk = max(1, min(capacity, _CHUNK_ROWS // max_batch))
         size = ops.workspace_bytes(self.table, max_batch, self._chunk, self.device.type)
         self.workspace = torch.zeros(size, dtype=torch.uint8, device=self.device)
-        self._logits = torch.empty(max_batch, shape.vocabulary, dtype=torch.float32, device=self.device)
+        padded = (shape.vocabulary + 3) // 4 * 4  # the sampler reads four at once
+        self._logits = torch.empty(max_batch, padded, device=self.device)[:, : shape.vocabulary]
         # Of each sequence: the token last read, its position, how many are cached.
         self._tokens, self._position, self._lengths = (self._ints(max_batch) for _ in range(3))
         # Of sampling: tokens drawn so far, whether a stop token came, and all that were drawn.

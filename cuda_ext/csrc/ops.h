@@ -97,7 +97,7 @@ struct Sampling {
 };
 // tokens[b] = drawn from logits[b, :vocabulary] (rows ld_logits apart). The draw depends on seed, row and
 // step[b] alone (Philox 4x32-10, Salmon et al. 2011), not on the batch around it or the launch geometry.
-// Then step[b] += 1 where step != nullptr. Ties: the lower token.
+// Then step[b] += 1 where step != nullptr. Ties: the lower token. Fastest where rows begin at 16-byte addresses.
 int sample(const float* logits, int ld_logits, int vocabulary, int batch, const Sampling& how, int* step, int* tokens,
            Stream stream);
 

@@ -35,8 +35,29 @@ struct Row {
     const float* logits;
     int count;
     float* scratch;  // [kDigits][kWarps]
+    bool aligned;    // rows begin at 16-byte addresses
 
     HR_DEVICE float logit(int i) const { return logits[i]; }
+
+    // use(i, logit) for this thread's share, ascending; several loads are on their way at once.
+    template <typename Use>
+    HR_DEVICE void each(Use use) const {
+        constexpr int kTogether = 4;
+        const int thread = static_cast<int>(threadIdx.x), fours = aligned ? count / 4 : 0;
+        for (int base = thread; base < fours; base += kTogether * kThreads) {
+            float4 x[kTogether];
+#pragma unroll
+            for (int j = 0; j < kTogether; ++j)
+                x[j] = reinterpret_cast<const float4*>(logits)[min(base + j * kThreads, fours - 1)];
+#pragma unroll
+            for (int j = 0; j < kTogether; ++j) {
+                const int i = (base + j * kThreads) * 4;
+                if (i >= fours * 4) break;
+                use(i, x[j].x), use(i + 1, x[j].y), use(i + 2, x[j].z), use(i + 3, x[j].w);
+            }
+        }
+        for (int i = fours * 4 + thread; i < count; i += kThreads) use(i, logits[i]);
+    }
 };
 
 // The largest key such that the tokens at or above it weigh at least `target` together. A token weighs 1, or, given
@@ -46,19 +67,22 @@ HR_DEVICE uint32_t threshold(const Row& row, float target, uint32_t floor, float
     uint32_t found = 0;
     for (int shift = 28; shift >= 0; shift -= 4) {
         float above[kDigits] = {};  // [d]: weight of keys whose digits so far are `found`'s and whose next is >= d
-        for (int i = static_cast<int>(threadIdx.x); i < row.count; i += kThreads) {
-            const float x = row.logit(i);
+        float beyond = 0.0f;        // of keys above every key with these digits
+        row.each([&](int, float x) {
             const uint32_t key = order(x);
-            if (key < floor || key < found) continue;
+            if (key < floor || key < found) return;
             const float weight = BY_SHARE ? expf((x - highest) * scale) : 1.0f;
-            // Keys above every key with these digits count for all digits.
             const uint32_t digit = (key - found) >> shift;
+            if (digit >= kDigits) {
+                beyond += weight;
+                return;
+            }
 #pragma unroll
             for (uint32_t d = 0; d < kDigits; ++d) above[d] += digit >= d ? weight : 0.0f;
-        }
+        });
 #pragma unroll
         for (int d = 0; d < kDigits; ++d) {
-            const float sum = warp_sum(above[d]);
+            const float sum = warp_sum(above[d] + beyond);
             if (lane_id() == 0) row.scratch[d * kWarps + warp_id()] = sum;
         }
         sync_block();
@@ -87,16 +111,17 @@ HR_KERNEL void HR_LAUNCH_BOUNDS(kThreads, 1)
     sample_kernel(const float* logits, int ld_logits, int vocabulary, Sampling how, int* step, int* tokens) {
     HR_SHARED(float, scratch);
     const int thread = static_cast<int>(threadIdx.x), batch_row = static_cast<int>(blockIdx.x);
-    const Row row{logits + static_cast<int64_t>(batch_row) * ld_logits, vocabulary, scratch};
+    const Row row{logits + static_cast<int64_t>(batch_row) * ld_logits, vocabulary, scratch,
+                  ld_logits % 4 == 0 && reinterpret_cast<uintptr_t>(logits) % 16 == 0};
     wait_for_previous_launch();
 
     // The highest logit, the lower token where two tie.
     uint32_t best = 0;
     int best_token = vocabulary;
-    for (int i = thread; i < vocabulary; i += kThreads) {
-        const uint32_t key = order(row.logit(i));
+    row.each([&](int i, float x) {
+        const uint32_t key = order(x);
         if (key > best || best_token == vocabulary) best = key, best_token = i;
-    }
+    });
 #pragma unroll
     for (int offset = kWarp / 2; offset > 0; offset /= 2) {
         const uint32_t key = warp_xor(best, offset);
