@@ -17,16 +17,20 @@ from typing import Any, Literal, Self
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from eval.errors import UserError
 from pipeline.data import TokenBlocks
-from pipeline.model import CompactGPT2LMHeadModel
+from pipeline.model import CompactGPT2LMHeadModel, in_fp32
+from pipeline.model.int8 import HalfEmbedding, Int8Embedding, Int8Linear
 from pipeline.openvino_export import export_openvino, quiet
 
 REPORT = "quantization.json"
 _HEAD = "lm_head"
 _POSITIONS = "transformer.wpe"
+_RTN_ROWS = 4096
+
+Codes = tuple[torch.Tensor, torch.Tensor]
+"""int8 codes `[out, in]` and FP32 scales `[out, 1]`."""
 
 
 @dataclass(frozen=True)
@@ -72,55 +76,6 @@ class LayerReport:
     error: float
 
 
-class Int8Linear(nn.Module):
-    """`nn.Linear` over INT8: `weight` int8 `[out, in]`, `scale` FP32 `[out, 1]`, `bias` FP32 `[out]` or None."""
-
-    weight: torch.Tensor
-    scale: torch.Tensor
-    bias: torch.Tensor | None
-
-    def __init__(self, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None = None):
-        super().__init__()
-        self.out_features, self.in_features = weight.shape
-        self.register_buffer("weight", weight)
-        self.register_buffer("scale", scale)
-        self.register_buffer("bias", bias)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`[..., in]` FP32 -> `[..., out]` FP32."""
-        return F.linear(x, self.weight.float() * self.scale, self.bias)
-
-
-class Int8Embedding(nn.Module):
-    """`nn.Embedding` that shares the INT8 rows and scales of a tied `Int8Linear`."""
-
-    weight: torch.Tensor
-    scale: torch.Tensor
-
-    def __init__(self, head: Int8Linear):
-        super().__init__()
-        self.register_buffer("weight", head.weight)
-        self.register_buffer("scale", head.scale)
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """`[...]` int64 -> `[..., in]` FP32."""
-        return self.weight[ids].float() * self.scale[ids]
-
-
-class HalfEmbedding(nn.Module):
-    """`nn.Embedding` over FP16 rows: half the bytes of the one table that no matrix product reads."""
-
-    weight: torch.Tensor
-
-    def __init__(self, weight: torch.Tensor):
-        super().__init__()
-        self.register_buffer("weight", weight.half())
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """`[...]` int64 -> `[..., width]` FP32."""
-        return self.weight[ids].float()
-
-
 class INCQuantizer:
     """Quantises a CompactGPT2 with neural-compressor; the model that was passed in stays as it was.
 
@@ -145,47 +100,50 @@ class INCQuantizer:
         quantization_config: Any = None,
         calibration_dataset: TokenBlocks | None = None,
         save_directory: str | Path | None = None,
+        traced: str | Path | None = None,
     ) -> CompactGPT2LMHeadModel:
         """An FP32 copy of the model whose linear layers are `Int8Linear`, its tied embedding an `Int8Embedding`
         and its position embedding a `HalfEmbedding`.
 
         `quantization_config` is a `WeightOnlyConfig` (default: RTN), or neural-compressor's `RTNConfig` or
         `GPTQConfig` with INT8 codes and one scale a row. GPTQ reads `calibration_dataset`. With
-        `save_directory`, the OpenVINO IR goes there, with config, tokenizer and `quantization.json`.
+        `save_directory`, the OpenVINO IR goes there, with config, tokenizer and `quantization.json`; `traced`, an
+        FP32 IR of the model that `export_openvino` wrote, makes that quicker.
 
         Raises `UserError` for a config that cannot be exported, an `ignore` pattern that matches no
         layer, and GPTQ without calibration text.
         """
         config, inc_config = _read_config(quantization_config)
-        model = copy.deepcopy(self.model).float().eval()
-        model.config.use_cache = False  # GPTQ replays blocks: a cache would grow with every replay
-        linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+        result = in_fp32(self.model)
+        linears = {name: module for name, module in result.named_modules() if isinstance(module, nn.Linear)}
         ignored = _ignored(config.ignore, [*linears, _POSITIONS])
-        for name in sorted(ignored & linears.keys() - {_HEAD}):
-            inc_config.set_local(re.escape(name), type(inc_config)(dtype="fp32"))
-        total = len(linears.keys() - ignored - {_HEAD})
-        codes = _run_inc(model, inc_config, config.method, calibration_dataset, total)
-
-        result = copy.deepcopy(self.model).float().eval()
+        blocks = {name: linear for name, linear in linears.items() if name not in ignored | {_HEAD}}
+        if config.method == "gptq":
+            model = in_fp32(self.model)
+            model.config.use_cache = False  # GPTQ replays blocks: a cache would grow with every replay
+            for name in sorted(linears.keys() - blocks.keys() - {_HEAD}):
+                inc_config.set_local(re.escape(name), type(inc_config)(dtype="fp32"))
+            codes: Iterator[tuple[str, Codes]] = _gptq(model, inc_config, calibration_dataset, len(blocks))
+        else:
+            codes = ((name, _rtn(linear, inc_config)) for name, linear in blocks.items())
         self.report = []
-        for name, (weight, scale) in codes.items():
-            original = result.get_submodule(name)
-            assert isinstance(original, nn.Linear)
-            if config.method == "gptq":
-                _repair_one_sided(original.weight, weight, scale)
-            self._replace(result, name, original, weight, scale, config.method)
-        if _HEAD not in ignored:
-            # Always RTN: the tensor is an embedding table too, and GPTQ's rounding would trade error between
-            # the columns of a row by the statistics of the head's input alone, at the embedding's expense.
-            head = result.lm_head
-            weight, scale = _rtn_codes(head)
-            self._replace(result, _HEAD, head, weight, scale, "rtn")
-            assert isinstance(result.lm_head, Int8Linear)
-            result.transformer.wte = Int8Embedding(result.lm_head)
+        with _inc_quiet():
+            for name, (weight, scale) in codes:
+                if config.method == "gptq":
+                    _repair_one_sided(linears[name].weight, weight, scale)
+                self._replace(result, name, linears[name], weight, scale, config.method)
+            if _HEAD not in ignored:
+                # Always RTN: the tensor is an embedding table too, and GPTQ's rounding would trade error between
+                # the columns of a row by the statistics of the head's input alone, at the embedding's expense.
+                head = result.lm_head
+                weight, scale = _rtn(head)
+                self._replace(result, _HEAD, head, weight, scale, "rtn")
+                assert isinstance(result.lm_head, Int8Linear)
+                result.transformer.wte = Int8Embedding(result.lm_head)
         if _POSITIONS not in ignored:
-            result.transformer.wpe = HalfEmbedding(result.transformer.wpe.weight)
+            result.set_submodule(_POSITIONS, HalfEmbedding(result.transformer.wpe.weight))
         if save_directory is not None:
-            self._save(result, Path(save_directory))
+            self._save(result, Path(save_directory), traced)
         return result
 
     def _replace(
@@ -199,11 +157,12 @@ class INCQuantizer:
     ) -> None:
         bias = None if original.bias is None else original.bias.detach()
         model.set_submodule(name, Int8Linear(weight, scale, bias))
-        error = (weight.float() * scale - original.weight).norm() / original.weight.norm().clamp_min(1e-30)
+        change = weight.float().mul_(scale).sub_(original.weight).norm()
+        error = change / original.weight.norm().clamp_min(1e-30)
         self.report.append(LayerReport(name, method, 8, scale.min().item(), scale.max().item(), error.item()))
 
-    def _save(self, model: CompactGPT2LMHeadModel, folder: Path) -> None:
-        export_openvino(model, folder, tokenizer=self.tokenizer)
+    def _save(self, quantized: CompactGPT2LMHeadModel, folder: Path, traced: str | Path | None) -> None:
+        export_openvino(self.model, folder, tokenizer=self.tokenizer, int8=quantized, traced=traced)
         layers = [dataclasses.asdict(layer) for layer in self.report]
         (folder / REPORT).write_text(json.dumps({"layers": layers}, indent=1) + "\n", encoding="utf-8")
 
@@ -250,30 +209,26 @@ def _ignored(patterns: tuple[str, ...], names: list[str]) -> set[str]:
     return ignored
 
 
-def _run_inc(
-    model: CompactGPT2LMHeadModel, inc_config: Any, method: str, calibration: TokenBlocks | None, total: int
-) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Quantise `model` in place; int8 codes `[out, in]` and FP32 scales `[out, 1]` by layer name."""
-    if method == "gptq" and not calibration:
+def _gptq(
+    model: CompactGPT2LMHeadModel, inc_config: Any, calibration: TokenBlocks | None, total: int
+) -> Iterator[tuple[str, Codes]]:
+    """Quantise `model` in place; codes and scales by layer name."""
+    if not calibration:
         raise UserError("GPTQ needs calibration text: give calibration_dataset, or use method rtn")
-    with _inc_quiet(), _gptq_repaired(total) if method == "gptq" else contextlib.nullcontext():
+    with _gptq_repaired(total):
         from neural_compressor.torch.algorithms.weight_only.modules import INCWeightOnlyLinear
         from neural_compressor.torch.quantization import convert, prepare
 
         prepared = prepare(model, inc_config)
-        if method == "gptq":
-            assert calibration is not None
-            for index in range(len(calibration)):
-                # Row by row and without padding, which would count in the Hessian.
-                row = calibration[index]
-                ids = row["input_ids"][row["attention_mask"].bool()] if "attention_mask" in row else row["input_ids"]
-                prepared(ids.unsqueeze(0))
+        for index in range(len(calibration)):
+            # Row by row and without padding, which would count in the Hessian.
+            row = calibration[index]
+            ids = row["input_ids"][row["attention_mask"].bool()] if "attention_mask" in row else row["input_ids"]
+            prepared(ids.unsqueeze(0))
         converted = convert(prepared, use_optimum_format=False)
-        return {
-            name: _unpack(module)
-            for name, module in converted.named_modules()
-            if isinstance(module, INCWeightOnlyLinear)
-        }
+    for name, module in converted.named_modules():
+        if isinstance(module, INCWeightOnlyLinear):
+            yield name, _unpack(module)
 
 
 @contextlib.contextmanager
@@ -286,18 +241,23 @@ def _inc_quiet() -> Iterator[None]:
         yield
 
 
-def _rtn_codes(linear: nn.Linear) -> tuple[torch.Tensor, torch.Tensor]:
-    """One layer's RTN codes and scales; the layer stays as it is."""
-    with _inc_quiet():
-        from neural_compressor.torch.quantization import RTNConfig, convert, prepare
+def _rtn(linear: nn.Linear, config: Any = None) -> Codes:
+    """One layer's codes and scales, a slice of its rows at a time, as each row has a scale of its own: the packing
+    that neural-compressor does on the way takes several times a slice's memory. The layer stays as it is."""
+    from neural_compressor.torch.quantization import RTNConfig, convert, prepare
 
+    config = config or RTNConfig(bits=8, use_sym=True, group_size=-1, use_layer_wise=False, model_path=".")
+    parts = []
+    for rows in linear.weight.detach().split(_RTN_ROWS):
         # neural-compressor skips layers by the name lm_head, so this one goes under another.
-        holder = nn.ModuleDict({"table": copy.deepcopy(linear)})
-        config = RTNConfig(bits=8, use_sym=True, group_size=-1, use_layer_wise=False, model_path=".")
-        return _unpack(convert(prepare(holder, config), use_optimum_format=False).table)
+        holder = nn.ModuleDict({"rows": nn.Linear(rows.shape[1], rows.shape[0], bias=False, device="meta")})
+        holder["rows"].weight = nn.Parameter(rows.clone(), requires_grad=False)
+        parts.append(_unpack(convert(prepare(holder, config), use_optimum_format=False).rows))
+    weights, scales = zip(*parts, strict=True)
+    return torch.cat(weights), torch.cat(scales)
 
 
-def _unpack(module: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def _unpack(module: Any) -> Codes:
     """Codes and scales from neural-compressor's packed layer."""
     parts = module.unpack()
     return parts["int_weight"].to(torch.int8).contiguous(), parts["scales"].float().reshape(-1, 1).contiguous()

@@ -1,4 +1,4 @@
-"""CompactGPT2 to OpenVINO: a stateful IR whose layers keep their own head counts."""
+"""CompactGPT2 to OpenVINO: a stateful IR whose layers keep their own head counts, its weights FP32, FP16 or INT8."""
 
 import contextlib
 import copy
@@ -15,35 +15,43 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from eval.errors import UserError
-from pipeline.model import CompactGPT2LMHeadModel
+from pipeline.ir_weights import compress_weights
+from pipeline.model import CompactGPT2LMHeadModel, in_fp32
 
 IR_NAME = "openvino_model.xml"
 
 
 def export_openvino(
-    model: CompactGPT2LMHeadModel, save_directory: str | Path, *, tokenizer: Any = None, compress_to_fp16: bool = False
+    model: CompactGPT2LMHeadModel,
+    save_directory: str | Path,
+    *,
+    tokenizer: Any = None,
+    compress_to_fp16: bool = False,
+    int8: CompactGPT2LMHeadModel | None = None,
+    traced: str | Path | None = None,
 ) -> Path:
     """Write `openvino_model.xml/.bin`, configs and tokenizer into `save_directory`; returns that folder.
 
     The IR takes `input_ids`, `position_ids` (int64 `[batch, length]`), `attention_mask` (int64 `[batch,
     past + length]`) and `beam_idx` (int32 `[batch]`), keeps keys and values as its state, and gives FP32
-    `logits` `[batch, length, vocab]`. FP32 weights are stored as FP32, or as FP16 with `compress_to_fp16`;
-    INT8 weights stay INT8 constants, the tied embedding one of them. The same model gives the same bytes.
-    `model` is not changed.
+    `logits` `[batch, length, vocab]`. Weights are stored as FP32, or as FP16 with `compress_to_fp16`; or, with
+    `int8`, a copy of `model` that INCQuantizer made, its codes stand in the weights' places, the tied embedding
+    one of them. `traced` is an IR that this function wrote of the same model in FP32: tracing, which takes most of
+    the time, is left out. The same model gives the same bytes. `model` is not changed.
 
     Raises `UserError` where openvino or optimum-intel is not installed.
     """
     openvino = import_openvino()
     folder = Path(save_directory)
     folder.mkdir(parents=True, exist_ok=True)
-    # A copy, for the exporter writes into the model's config. Buffers hold INT8 weights: they stay as they are.
-    source = copy.deepcopy(model).eval()
-    for parameter in source.parameters():
-        parameter.data = parameter.data.float()
     with tempfile.TemporaryDirectory(dir=folder, prefix=".export-") as scratch:
-        with quiet():
-            _trace(source, Path(scratch))
-        ir = openvino.Core().read_model(Path(scratch) / IR_NAME)
+        if traced is None:
+            with quiet():
+                _trace(in_fp32(model), Path(scratch))  # another config, for the exporter writes into it
+            traced = Path(scratch) / IR_NAME
+        ir = openvino.Core().read_model(traced)
+        if int8 is not None:
+            compress_weights(ir, int8)
         _name_nodes(ir)
         openvino.save_model(ir, folder / IR_NAME, compress_to_fp16=compress_to_fp16)
         del ir  # it maps the scratch files

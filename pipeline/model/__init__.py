@@ -1,7 +1,7 @@
 """CompactGPT2: a GPT-2 whose layers may have different numbers of attention heads."""
 
 from pipeline.model.configuration import CompactGPT2Config
-from pipeline.model.convert import from_gpt2, to_gpt2
+from pipeline.model.convert import from_gpt2, in_fp32, to_gpt2
 from pipeline.model.modeling import CompactGPT2LMHeadModel, CompactGPT2Model
 from pipeline.model.slicing import slice_heads
 
@@ -10,6 +10,7 @@ __all__ = [
     "CompactGPT2LMHeadModel",
     "CompactGPT2Model",
     "from_gpt2",
+    "in_fp32",
     "slice_heads",
     "to_gpt2",
 ]

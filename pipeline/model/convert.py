@@ -1,6 +1,10 @@
 """Import from and export to Hugging Face's GPT-2; every key and shape is checked."""
 
+import copy
+from typing import Any
+
 import torch
+from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from pipeline.model.configuration import CompactGPT2Config
@@ -55,6 +59,14 @@ def to_gpt2(model: CompactGPT2LMHeadModel) -> GPT2LMHeadModel:
     if config.pruned or config.head_dim * config.n_head != config.n_embd:
         raise ValueError("a pruned CompactGPT2 has no stock GPT-2 form: save it with save_pretrained instead")
     return _transfer(model, GPT2LMHeadModel(GPT2Config(**{field: getattr(config, field) for field in _SHARED_FIELDS})))
+
+
+def in_fp32(model: CompactGPT2LMHeadModel) -> CompactGPT2LMHeadModel:
+    """The same model in FP32 and evaluation mode. What is FP32 already shares its memory with `model`: an array
+    may be put in another's place, but not written into."""
+    memo: dict[int, Any] = {id(p): nn.Parameter(p.detach().float(), requires_grad=False) for p in model.parameters()}
+    memo |= {id(b): b for b in model.buffers()}
+    return copy.deepcopy(model, memo).eval()
 
 
 def _transfer(source, target):

@@ -8,7 +8,7 @@ from pipeline.recipe import Recipe
 from pipeline.stages.job import Job
 from pipeline.texts import load_text
 
-VERSION = 1
+VERSION = 2
 
 
 def config(recipe: Recipe) -> dict[str, Any]:
@@ -24,7 +24,7 @@ def reads(recipe: Recipe) -> tuple[str, ...]:
 def build(job: Job) -> dict[str, Any]:
     """Write `model/` (INT8 IR), and `ir_fp32/` and `ir_fp16/` to compare it with."""
     from pipeline.inc import INCQuantizer, WeightOnlyConfig
-    from pipeline.openvino_export import export_openvino
+    from pipeline.openvino_export import IR_NAME, export_openvino
 
     assert job.source is not None
     choices = job.recipe.quantize
@@ -35,13 +35,14 @@ def build(job: Job) -> dict[str, Any]:
         length = min(choices.block_size, model.config.n_positions)
         blocks = tokenize_dataset(_filtered(load_text(job.recipe.data.calibration)), tokenizer, length)
         blocks = TokenBlocks(blocks.tokens[: choices.calibration_samples])
+    fp32 = export_openvino(model, job.out / "ir_fp32", tokenizer=tokenizer) / IR_NAME
+    export_openvino(model, job.out / "ir_fp16", tokenizer=tokenizer, compress_to_fp16=True, traced=fp32)
     INCQuantizer.from_pretrained(model, tokenizer=tokenizer).quantize(
         quantization_config=WeightOnlyConfig(method=choices.method, ignore=tuple(choices.ignore)),
         calibration_dataset=blocks,
         save_directory=job.out / "model",
+        traced=fp32,
     )
-    export_openvino(model, job.out / "ir_fp32", tokenizer=tokenizer)
-    export_openvino(model, job.out / "ir_fp16", tokenizer=tokenizer, compress_to_fp16=True)
     return {"method": choices.method, "parameters": model.num_parameters()}
 
 

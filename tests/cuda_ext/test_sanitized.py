@@ -9,8 +9,8 @@ from cuda_ext import host_build
 from cuda_ext.host_build import run_sanitized
 
 HERE = Path(__file__).parent
-# What these test is the machinery, with faults made on purpose.
-NOT_HERE = ("test_sanitized.py", "test_mutations.py", "test_host_runtime.py")
+# What these test is the machinery around the kernels, with faults made on purpose.
+NOT_HERE = ("test_sanitized.py", "test_mutations.py", "test_host_runtime.py", "test_build.py")
 PYTEST = ("-q", "-x", "-p", "no:cacheprovider")
 
 

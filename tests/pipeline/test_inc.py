@@ -7,8 +7,9 @@ from torch import nn
 
 from eval.errors import UserError
 from pipeline.data import TokenBlocks
-from pipeline.inc import HalfEmbedding, INCQuantizer, Int8Embedding, Int8Linear, WeightOnlyConfig
+from pipeline.inc import INCQuantizer, WeightOnlyConfig
 from pipeline.model import CompactGPT2Config, CompactGPT2LMHeadModel
+from pipeline.model.int8 import HalfEmbedding, Int8Embedding, Int8Linear
 
 KEPT = [[0, 1, 2, 3, 4], [3], [0, 2, 4]]
 IDS = torch.randint(0, 101, (3, 23), generator=torch.Generator().manual_seed(3))

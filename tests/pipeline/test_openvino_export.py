@@ -49,8 +49,11 @@ def models() -> dict[str, CompactGPT2LMHeadModel]:
 @pytest.fixture(scope="module")
 def irs(models: dict[str, CompactGPT2LMHeadModel], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("ir")
+    fp32 = export_openvino(models["fp32"], root / "fp32")
     return {
-        name: export_openvino(model, root / name, compress_to_fp16=name == "fp16") for name, model in models.items()
+        "fp32": fp32,
+        "fp16": export_openvino(models["fp16"], root / "fp16", compress_to_fp16=True),
+        "int8": export_openvino(models["fp32"], root / "int8", int8=models["int8"], traced=fp32 / IR_NAME),
     }
 
 
@@ -127,7 +130,9 @@ def test_optimum_loads_it_and_generates_the_same_tokens(
 def test_the_same_model_gives_the_same_bytes(
     irs: dict[str, Path], models: dict[str, CompactGPT2LMHeadModel], tmp_path: Path, precision: str
 ) -> None:
-    again = export_openvino(models[precision], tmp_path / "again")
+    """The INT8 one from a trace of its own, too."""
+    int8 = models["int8"] if precision == "int8" else None
+    again = export_openvino(models["fp32"], tmp_path / "again", int8=int8)
     files = sorted(path.name for path in irs[precision].iterdir())
     assert sorted(path.name for path in again.iterdir()) == files
     assert files == ["config.json", "generation_config.json", "openvino_model.bin", "openvino_model.xml"]
