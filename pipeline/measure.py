@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 
 from cuda_ext.packing import read_shape, unsupported
+from eval.agreement import Questions, compare, listen
 from eval.engine import Engine
 from eval.errors import UserError
 from eval.latency import measure as measure_latency
 from eval.memory import memory_in_fresh_process
 from eval.perplexity import perplexity
-from eval.results import Latency, Memory, Quality, Row, latency_from, save_json
+from eval.results import Agreement, Latency, Memory, Quality, Row, latency_from, save_json
 from pipeline import hardware
 from pipeline.artifacts import Manifest, RunFolder, fingerprint, tree_bytes, versions
 from pipeline.checkpoint import load_tokenizer
@@ -121,7 +122,8 @@ class Measurer:
         self.folder = run.path / "measurements"
         self._text: tuple[np.ndarray, str] | None = None
         machine = {"cpu": hardware.cpu(), "gpu": hardware.gpu()}
-        self.circumstances = [VERSION, machine, versions(), recipe.data.evaluation, self.choices.model_dump()]
+        choices = self.choices.model_dump(exclude={"agreement_tokens"})
+        self.circumstances = [VERSION, machine, versions(), recipe.data.evaluation, choices]
 
     def rows(self, *, latency: bool = True) -> list[Row]:
         """All rows of the finished stages. Without `latency`, only quality is measured."""
@@ -144,6 +146,23 @@ class Measurer:
             rows.append(row)
         return rows
 
+    def agreement(self) -> Agreement | None:
+        """How alike the measured rows answer; `None` where there are not two, or the recipe asks for none."""
+        live = [subject for subject in map(self._possible, subjects(list(self.manifests))) if subject.skipped is None]
+        tokens = self.choices.agreement_tokens
+        if len(live) < 2 or not tokens:
+            return None
+
+        def make() -> dict[str, Any]:
+            print(f"measure: agreement of {len(live)} rows", file=sys.stderr)
+            ids, digest = self.text()
+            context = self.choices.context or self._engine(live[0]).context
+            questions = Questions.fitting(ids[:tokens], context)
+            answers = {subject.key: listen(self._engine(subject), questions) for subject in live}
+            return asdict(compare(answers, questions, text_sha256=digest))
+
+        return Agreement(**self._kept("agreement", live, make, tokens))
+
     def _possible(self, subject: Subject) -> Subject:
         """The row, left out where the kernels do not know this model's sizes."""
         if subject.engine != "cuda" or subject.skipped is not None:
@@ -160,11 +179,13 @@ class Measurer:
         pattern = "openvino_model.*" if subject.engine == "openvino" else "*.safetensors"
         return tree_bytes(self._path(subject), pattern)
 
-    def _kept(self, kind: str, subjects: Sequence[Subject], make: Callable[[], Any]) -> Any:
-        """The stored measurement of these subjects under these circumstances, or a new one."""
-        mark = fingerprint(
-            [kind, self.circumstances, self.text()[1], [[s.key, self.manifests[s.stage].content] for s in subjects]]
-        )
+    def _kept(self, kind: str, subjects: Sequence[Subject], make: Callable[[], Any], choices: Any = None) -> Any:
+        """The stored measurement of these subjects under these circumstances, or a new one.
+
+        `choices` are those of the recipe that decide this kind of measurement alone.
+        """
+        made_from = [[subject.key, self.manifests[subject.stage].content] for subject in subjects]
+        mark = fingerprint([kind, self.circumstances, self.text()[1], made_from, choices])
         name = subjects[0].key.replace("/", "-").replace(":", "") if len(subjects) == 1 else subjects[0].device[:4]
         path = self.folder / f"{kind}-{name}.json"
         if path.exists():

@@ -99,6 +99,8 @@ class Measure(Strict):
     min_seconds: Annotated[float, Field(ge=0)] = 2.0
     latency: bool = True
     memory: bool = True
+    agreement_tokens: Annotated[int, Field(ge=0)] = 1024
+    """On how many tokens of the evaluation text the rows' answers are compared; 0: not at all."""
 
 
 class Recipe(Strict):

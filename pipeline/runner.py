@@ -69,6 +69,7 @@ class Runner:
     def _results(self, stages: Sequence[str], *, latency: bool) -> Results:
         """Rows, heads and curves of finished stages."""
         manifests = {name: self.run.verify(name) for name in stages}
+        measurer = Measurer(self.run, self.recipe, manifests)
         return Results(
             run={
                 "name": self.recipe.name,
@@ -91,7 +92,8 @@ class Runner:
                     ]
                 ),
             },
-            rows=Measurer(self.run, self.recipe, manifests).rows(latency=latency),
+            rows=measurer.rows(latency=latency),
+            agreement=measurer.agreement() if latency else None,
             heads={
                 name: Heads(**{key: manifest.details[key] for key in ("method", "scope", "scores", "kept")})
                 for name, manifest in manifests.items()
