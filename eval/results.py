@@ -66,6 +66,19 @@ class Memory:
 
 
 @dataclass
+class Score:
+    """Accuracy on a task, 0 to 1, and its standard error."""
+
+    accuracy: float
+    stderr: float
+    documents: int
+    """How many were asked, the first ones."""
+    of: int
+    """How many the task has."""
+    data_sha256: str
+
+
+@dataclass
 class Row:
     """One line of the table."""
 
@@ -82,6 +95,8 @@ class Row:
     quality: Quality | None = None
     latency: Latency | None = None
     memory: Memory | None = None
+    tasks: dict[str, Score] = field(default_factory=dict)
+    """By task: `hellaswag`, `lambada`."""
     skipped: str | None = None
     """Why the row was not measured here; `None` if it was."""
 
@@ -203,6 +218,7 @@ def _row(raw: dict[str, Any]) -> Row:
         row.latency = latency_from(raw["latency"])
     if raw["memory"] is not None:
         row.memory = Memory(**raw["memory"])
+    row.tasks = {name: Score(**score) for name, score in raw.get("tasks", {}).items()}
     return row
 
 

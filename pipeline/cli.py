@@ -116,13 +116,34 @@ def evaluate(
     text: Text = "embedded:test",
     stride: Annotated[int | None, typer.Option(min=1, help="Tokens between windows; by default the context.")] = None,
     context: Annotated[int | None, typer.Option(min=2, help="Tokens a window; by default the model's limit.")] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="hellaswag,lambada: score these by lm-evaluation-harness, and no text.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=2, help="Only the first documents of each task.")] = None,
+    task_data: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="HEADROOM_TASK_DATA",
+            help="A folder with hellaswag_val*.jsonl or .txt[.bz2] and lambada_test*.jsonl; by default from the Hub.",
+        ),
+    ] = None,
+    task_cache: Annotated[
+        Path, typer.Option(help="Where answers are kept: an interrupted evaluation goes on, a repeated one is quick.")
+    ] = Path("runs/tasks"),
     device: Device = None,
     precision: Precision = None,
     as_json: Json = False,
 ) -> Any:
-    """Perplexity of a model folder on a text, by sliding window."""
+    """Perplexity of a model folder on a text, by sliding window; or its accuracy on tasks."""
     from dataclasses import asdict
 
+    if tasks is not None:
+        from pipeline.task_scores import format_scores, score_folder
+
+        options = {"engine": engine, "device": device, "precision": precision}
+        outcome = score_folder(model, tasks.split(","), options, data=task_data, limit=limit, cache=task_cache)
+        print(json.dumps(outcome) if as_json else format_scores(outcome))
+        return outcome
     from eval.perplexity import perplexity
     from pipeline.checkpoint import load_tokenizer
     from pipeline.data import encode, sha256_text

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.results import Results, load_results, save_text
-from plots import FIGURES, agreement, findings
+from plots import FIGURES, agreement, findings, tasks
 from plots.rows import by_kind, count, measured
 from plots.table import COLUMNS, MARKS, legend, lines, markdown, markdown_table, note
 from plots.table import text_table as table
@@ -27,6 +27,7 @@ _CAPTIONS = {
         "Agreement",
         "Matrix: KL divergence in nats per token and top-1 agreement in percent of each row against each other",
     ),
+    "tasks": ("Tasks", "Horizontal bars: accuracy of each row by task with 95 % intervals, GPT-2 124M's as a line"),
     "heads": ("Attention heads", "Heat map: score of each head by layer, crosses mark the pruned heads"),
     "learning_curves": ("Learning curves", "Lines: training loss in nats per token against the optimizer step"),
 }
@@ -76,6 +77,9 @@ def _facts(results: Results, drawings: dict[str, Path]) -> dict[str, Any]:
         "figures": [_figure(name, drawings[name], results) for name in FIGURES if name in drawings],
         "agreement": agreement.against_first(results),
         "agreement_columns": agreement.COLUMNS,
+        "task_columns": tasks.columns(results),
+        "task_lines": tasks.lines(results),
+        "task_note": tasks.note(results),
         "heads": [(stage, _choice(results, stage)) for stage in results.heads],
         "arithmetic": findings.pruning_arithmetic(results),
         "caveats": findings.caveats(results),
@@ -118,6 +122,7 @@ def _extent(name: str, results: Results) -> str:
         "memory": lambda row: row.memory,
         "size": lambda row: row.bytes_on_disk,
         "tradeoff": lambda row: row.latency and row.quality,
+        "tasks": lambda row: row.tasks or None,
     }[name]
     groups = by_kind(measured(results, value))
     shown = " and ".join(count(len(rows), f"{kind} row") for kind, rows in groups.items())
