@@ -66,6 +66,19 @@ class Memory:
 
 
 @dataclass
+class Score:
+    """Accuracy on a task, 0 to 1, and its standard error."""
+
+    accuracy: float
+    stderr: float
+    documents: int
+    """How many were asked, the first ones."""
+    of: int
+    """How many the task has."""
+    data_sha256: str
+
+
+@dataclass
 class Row:
     """One line of the table."""
 
@@ -82,6 +95,8 @@ class Row:
     quality: Quality | None = None
     latency: Latency | None = None
     memory: Memory | None = None
+    tasks: dict[str, Score] = field(default_factory=dict)
+    """By task: `hellaswag`, `lambada`."""
     skipped: str | None = None
     """Why the row was not measured here; `None` if it was."""
 
@@ -112,6 +127,28 @@ class CurvePoint:
 
 
 @dataclass
+class Agreement:
+    """How alike rows answer on the same text: matrices `[a][b]` over `rows`, named by their keys."""
+
+    rows: list[str]
+    tokens: int
+    """Positions compared."""
+    context: int
+    text_sha256: str
+    logit_mean: list[list[float]]
+    """Mean absolute difference of the logits."""
+    logit_max: list[list[float]]
+    kl: list[list[float]]
+    """KL(a || b) in nats a token."""
+    top1: list[list[float]]
+    """The share of positions at which both hold the same token for the likeliest."""
+    prompt_tokens: int
+    new_tokens: int
+    diverged: list[list[list[int | None]]]
+    """For each prompt, how many new tokens two greedy continuations share before they part; `None`: all of them."""
+
+
+@dataclass
 class Results:
     """The whole file. `run` tells machine, versions, recipe, date, seconds a stage."""
 
@@ -121,6 +158,8 @@ class Results:
     """By stage: `prune`, `control-random`."""
     curves: dict[str, list[CurvePoint]] = field(default_factory=dict)
     """By stage: `finetune`, `control-finetune`."""
+    agreement: Agreement | None = None
+    """`None` where fewer than two rows were measured, or the recipe does not ask for it."""
     schema: int = SCHEMA
 
 
@@ -165,6 +204,7 @@ def load_results(path: Path) -> Results:
             rows=[_row(row) for row in raw["rows"]],
             heads={stage: Heads(**heads) for stage, heads in raw["heads"].items()},
             curves={stage: [CurvePoint(**point) for point in curve] for stage, curve in raw["curves"].items()},
+            agreement=Agreement(**raw["agreement"]) if raw.get("agreement") else None,
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path}: does not follow schema {SCHEMA} ({error}); run the pipeline again") from error
@@ -178,6 +218,7 @@ def _row(raw: dict[str, Any]) -> Row:
         row.latency = latency_from(raw["latency"])
     if raw["memory"] is not None:
         row.memory = Memory(**raw["memory"])
+    row.tasks = {name: Score(**score) for name, score in raw.get("tasks", {}).items()}
     return row
 
 

@@ -30,6 +30,7 @@ EngineName = Annotated[
     str | None,
     typer.Option("--engine", help="torch, cuda (own kernels) or openvino; by default torch, or openvino for an IR."),
 ]
+Text = Annotated[str, typer.Option(help="embedded:test, hub:DATASET[@CONFIG]:SPLIT, or a text file.")]
 Device = Annotated[
     str | None, typer.Option(help="cpu or cuda:0 (not for openvino); by default the GPU if there is one.")
 ]
@@ -112,18 +113,37 @@ def quantize(out: Out = Path("runs/demo"), recipe: RecipeName = None, set: Set =
 def evaluate(
     model: ModelDir,
     engine: EngineName = None,
-    text: Annotated[
-        str, typer.Option(help="embedded:test, hub:DATASET[@CONFIG]:SPLIT, or a text file.")
-    ] = "embedded:test",
+    text: Text = "embedded:test",
     stride: Annotated[int | None, typer.Option(min=1, help="Tokens between windows; by default the context.")] = None,
     context: Annotated[int | None, typer.Option(min=2, help="Tokens a window; by default the model's limit.")] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="hellaswag,lambada: score these by lm-evaluation-harness, and no text.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=2, help="Only the first documents of each task.")] = None,
+    task_data: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="HEADROOM_TASK_DATA",
+            help="A folder with hellaswag_val*.jsonl or .txt[.bz2] and lambada_test*.jsonl; by default from the Hub.",
+        ),
+    ] = None,
+    task_cache: Annotated[
+        Path, typer.Option(help="Where answers are kept: an interrupted evaluation goes on, a repeated one is quick.")
+    ] = Path("runs/tasks"),
     device: Device = None,
     precision: Precision = None,
     as_json: Json = False,
 ) -> Any:
-    """Perplexity of a model folder on a text, by sliding window."""
+    """Perplexity of a model folder on a text, by sliding window; or its accuracy on tasks."""
     from dataclasses import asdict
 
+    if tasks is not None:
+        from pipeline.task_scores import format_scores, score_folder
+
+        options = {"engine": engine, "device": device, "precision": precision}
+        outcome = score_folder(model, tasks.split(","), options, data=task_data, limit=limit, cache=task_cache)
+        print(json.dumps(outcome) if as_json else format_scores(outcome))
+        return outcome
     from eval.perplexity import perplexity
     from pipeline.checkpoint import load_tokenizer
     from pipeline.data import encode, sha256_text
@@ -152,6 +172,29 @@ def evaluate(
             print(f"bits per byte {bits:.4f}")
         print(f"{loaded.name} on {loaded.device}: {loaded.compute}; context {quality.context}, stride {quality.stride}")
     return quality
+
+
+@app.command()
+def compare(
+    a: Annotated[Path, typer.Argument(metavar="A", help="A model folder: what the other is taken for.")],
+    b: Annotated[Path, typer.Argument(metavar="B", help="A model folder; the same one for another engine.")],
+    engine: Annotated[list[str] | None, typer.Option("--engine", help="Once for both, or twice: A's, B's.")] = None,
+    device: Annotated[list[str] | None, typer.Option("--device", help="Once for both, or twice.")] = None,
+    precision: Annotated[list[str] | None, typer.Option("--precision", help="Once for both, or twice.")] = None,
+    text: Text = "embedded:test",
+    tokens: Annotated[int, typer.Option(min=1, help="Compare on this many tokens from the text's start.")] = 1024,
+    as_json: Json = False,
+) -> Any:
+    """Whether two models or engines say the same: logits, KL, likeliest token, greedy continuations.
+
+    One folder on two engines: compare DIR DIR --engine torch --engine cuda
+    """
+    from pipeline.comparing import compare_folders, format_comparison
+
+    options = {"--engine": engine or [], "--device": device or [], "--precision": precision or []}
+    outcome = compare_folders((a, b), options, text=text, tokens=tokens)
+    print(json.dumps(outcome) if as_json else format_comparison(outcome))
+    return outcome
 
 
 @app.command()

@@ -4,25 +4,28 @@ import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from cuda_ext.packing import read_shape, unsupported
+from eval.agreement import Questions, compare, listen
 from eval.engine import Engine
 from eval.errors import UserError
 from eval.latency import measure as measure_latency
 from eval.memory import memory_in_fresh_process
 from eval.perplexity import perplexity
-from eval.results import Latency, Memory, Quality, Row, latency_from, save_json
+from eval.results import Agreement, Latency, Memory, Quality, Row, Score, latency_from, save_json
+from eval.task_data import Documents, load_documents
 from pipeline import hardware
 from pipeline.artifacts import Manifest, RunFolder, fingerprint, tree_bytes, versions
 from pipeline.checkpoint import load_tokenizer
 from pipeline.data import encode, sha256_text
 from pipeline.engines import load_engine
 from pipeline.engines.cuda import why_not as why_no_kernels
-from pipeline.recipe import Measure, Recipe
+from pipeline.recipe import Measure, Recipe, Tasks
 from pipeline.texts import load_text
 
 VERSION = 1
@@ -111,6 +114,16 @@ def check_lengths(choices: Measure, context: int) -> None:
         raise UserError(f"measure.prompt_tokens + new_tokens are {written}; this model takes at most {context}")
 
 
+def load_tasks(choices: Tasks) -> dict[str, Documents]:
+    """The documents of the recipe's tasks; early, so that what is missing is told before all the work.
+
+    Raises `UserError` where they cannot be had or the harness is not installed.
+    """
+    if choices.names:
+        import eval.tasks  # noqa: F401
+    return {name: load_documents(name, Path(choices.data) if choices.data else None) for name in choices.names}
+
+
 class Measurer:
     """Measures the rows of one run folder; what was measured before and has not changed is kept."""
 
@@ -121,14 +134,17 @@ class Measurer:
         self.folder = run.path / "measurements"
         self._text: tuple[np.ndarray, str] | None = None
         machine = {"cpu": hardware.cpu(), "gpu": hardware.gpu()}
-        self.circumstances = [VERSION, machine, versions(), recipe.data.evaluation, self.choices.model_dump()]
+        choices = self.choices.model_dump(exclude={"agreement_tokens", "tasks"})
+        self.circumstances = [VERSION, machine, versions(), recipe.data.evaluation, choices]
 
     def rows(self, *, latency: bool = True) -> list[Row]:
-        """All rows of the finished stages. Without `latency`, only quality is measured."""
+        """All rows of the finished stages. Without `latency`, only perplexity is measured."""
         found = [self._possible(subject) for subject in subjects(list(self.manifests))]
         live = [subject for subject in found if subject.skipped is None]
         timed = [subject for subject in live if subject.timed] if latency else []
         qualities = {subject.key: self._quality(subject) for subject in live}
+        documents = load_tasks(self.choices.tasks) if latency else {}
+        scores = {subject.key: self._tasks(subject, documents) for subject in live if documents}
         memories = {subject.key: self._memory(subject) for subject in timed if self.choices.memory}
         latencies = self._latencies(timed) if timed and self.choices.latency else {}
         rows = []
@@ -141,8 +157,26 @@ class Measurer:
                 row.compute, row.quality = qualities[subject.key]
                 row.memory = memories.get(subject.key)
                 row.latency = latencies.get(subject.key)
+                row.tasks = scores.get(subject.key, {})
             rows.append(row)
         return rows
+
+    def agreement(self) -> Agreement | None:
+        """How alike the measured rows answer; `None` where there are not two, or the recipe asks for none."""
+        live = [subject for subject in map(self._possible, subjects(list(self.manifests))) if subject.skipped is None]
+        tokens = self.choices.agreement_tokens
+        if len(live) < 2 or not tokens:
+            return None
+
+        def make() -> dict[str, Any]:
+            print(f"measure: agreement of {len(live)} rows", file=sys.stderr)
+            ids, digest = self.text()
+            context = self.choices.context or self._engine(live[0]).context
+            questions = Questions.fitting(ids[:tokens], context)
+            answers = {subject.key: listen(self._engine(subject), questions) for subject in live}
+            return asdict(compare(answers, questions, text_sha256=digest))
+
+        return Agreement(**self._kept("agreement", live, make, tokens))
 
     def _possible(self, subject: Subject) -> Subject:
         """The row, left out where the kernels do not know this model's sizes."""
@@ -160,11 +194,13 @@ class Measurer:
         pattern = "openvino_model.*" if subject.engine == "openvino" else "*.safetensors"
         return tree_bytes(self._path(subject), pattern)
 
-    def _kept(self, kind: str, subjects: Sequence[Subject], make: Callable[[], Any]) -> Any:
-        """The stored measurement of these subjects under these circumstances, or a new one."""
-        mark = fingerprint(
-            [kind, self.circumstances, self.text()[1], [[s.key, self.manifests[s.stage].content] for s in subjects]]
-        )
+    def _kept(self, kind: str, subjects: Sequence[Subject], make: Callable[[], Any], choices: Any = None) -> Any:
+        """The stored measurement of these subjects under these circumstances, or a new one.
+
+        `choices` are those of the recipe that decide this kind of measurement alone.
+        """
+        made_from = [[subject.key, self.manifests[subject.stage].content] for subject in subjects]
+        mark = fingerprint([kind, self.circumstances, self.text()[1], made_from, choices])
         name = subjects[0].key.replace("/", "-").replace(":", "") if len(subjects) == 1 else subjects[0].device[:4]
         path = self.folder / f"{kind}-{name}.json"
         if path.exists():
@@ -206,6 +242,25 @@ class Measurer:
 
         value = self._kept("quality", [subject], make)
         return value["compute"], Quality(**value["quality"])
+
+    def _tasks(self, subject: Subject, documents: dict[str, Documents]) -> dict[str, Score]:
+        """Scores by task. Answers are kept as they come until the subject has them all."""
+        from eval.tasks import EngineLM, evaluate
+
+        limit = self.choices.tasks.limit
+        asked = [limit, version("lm-eval"), {name: found.sha256 for name, found in documents.items()}]
+        mark = fingerprint([subject.key, self.manifests[subject.stage].content, self.circumstances])
+        responses = self.folder / f".responses-{mark}.jsonl"
+
+        def make() -> dict[str, Any]:
+            print(f"measure: tasks of {subject.key}", file=sys.stderr)
+            tokenizer = load_tokenizer(self.run.stage("load") / "model")
+            lm = EngineLM(self._engine(subject), tokenizer, responses=responses)
+            return {name: asdict(score) for name, score in evaluate(lm, documents, limit=limit).items()}
+
+        scores = self._kept("tasks", [subject], make, asked)
+        responses.unlink(missing_ok=True)
+        return {name: Score(**score) for name, score in scores.items()}
 
     def _memory(self, subject: Subject) -> Memory:
         def make() -> dict[str, Any]:

@@ -86,6 +86,15 @@ class Controls(Strict):
     random_heads: bool = True
 
 
+class Tasks(Strict):
+    """What the rows are asked beyond perplexity; `data` is a folder with the tasks' files, `null` the Hub."""
+
+    names: list[Literal["hellaswag", "lambada"]] = []
+    data: str | None = None
+    limit: Annotated[int, Field(ge=2)] | None = None
+    """The first so many documents of each task; `null`: all."""
+
+
 class Measure(Strict):
     """How each row is measured. `context: null` is the model's own limit."""
 
@@ -99,6 +108,9 @@ class Measure(Strict):
     min_seconds: Annotated[float, Field(ge=0)] = 2.0
     latency: bool = True
     memory: bool = True
+    agreement_tokens: Annotated[int, Field(ge=0)] = 1024
+    """On how many tokens of the evaluation text the rows' answers are compared; 0: not at all."""
+    tasks: Tasks = Tasks()
 
 
 class Recipe(Strict):

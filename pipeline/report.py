@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.results import Results, load_results, save_text
-from plots import FIGURES, findings
+from plots import FIGURES, agreement, findings, tasks
 from plots.rows import by_kind, count, measured
 from plots.table import COLUMNS, MARKS, legend, lines, markdown, markdown_table, note
 from plots.table import text_table as table
@@ -23,6 +23,11 @@ _CAPTIONS = {
         "Quality, speed and size",
         "Scatter plot: perplexity against decode time, marker area is bytes on disk",
     ),
+    "agreement": (
+        "Agreement",
+        "Matrix: KL divergence in nats per token and top-1 agreement in percent of each row against each other",
+    ),
+    "tasks": ("Tasks", "Horizontal bars: accuracy of each row by task with 95 % intervals, GPT-2 124M's as a line"),
     "heads": ("Attention heads", "Heat map: score of each head by layer, crosses mark the pruned heads"),
     "learning_curves": ("Learning curves", "Lines: training loss in nats per token against the optimizer step"),
 }
@@ -70,6 +75,11 @@ def _facts(results: Results, drawings: dict[str, Path]) -> dict[str, Any]:
         "markdown_table": markdown_table(results),
         "legend": legend(results),
         "figures": [_figure(name, drawings[name], results) for name in FIGURES if name in drawings],
+        "agreement": agreement.against_first(results),
+        "agreement_columns": agreement.COLUMNS,
+        "task_columns": tasks.columns(results),
+        "task_lines": tasks.lines(results),
+        "task_note": tasks.note(results),
         "heads": [(stage, _choice(results, stage)) for stage in results.heads],
         "arithmetic": findings.pruning_arithmetic(results),
         "caveats": findings.caveats(results),
@@ -95,6 +105,8 @@ def _figure(name: str, path: Path, results: Results) -> dict[str, str]:
 
 def _extent(name: str, results: Results) -> str:
     """How much a figure shows, for those who cannot see it."""
+    if name == "agreement":
+        return f"; {count(len(results.agreement.rows) if results.agreement else 0, 'row')}"
     if name == "heads":
         return f"; {', '.join(results.heads)}"
     if name == "learning_curves":
@@ -110,6 +122,7 @@ def _extent(name: str, results: Results) -> str:
         "memory": lambda row: row.memory,
         "size": lambda row: row.bytes_on_disk,
         "tradeoff": lambda row: row.latency and row.quality,
+        "tasks": lambda row: row.tasks or None,
     }[name]
     groups = by_kind(measured(results, value))
     shown = " and ".join(count(len(rows), f"{kind} row") for kind, rows in groups.items())

@@ -13,7 +13,7 @@ from eval.results import CurvePoint, Heads, Results, save_results, save_text
 from pipeline import hardware
 from pipeline.artifacts import RunFolder, disk_errors, fingerprint, git_commit, versions
 from pipeline.data import sha256_text
-from pipeline.measure import Measurer, check_lengths
+from pipeline.measure import Measurer, check_lengths, load_tasks
 from pipeline.model import CompactGPT2Config
 from pipeline.recipe import Recipe
 from pipeline.report import write_report
@@ -42,6 +42,7 @@ class Runner:
                 raise UserError(f"--force {name}: no such stage; give one of {', '.join(BY_NAME)}")
         with self.run.locked(), disk_errors(self.run.path):
             self._check_texts(wanted)
+            load_tasks(self.recipe.measure.tasks)
             self._keep_recipe()
             for stage in wanted:
                 self._bring_up_to_date(stage, stage.name in force)
@@ -69,6 +70,7 @@ class Runner:
     def _results(self, stages: Sequence[str], *, latency: bool) -> Results:
         """Rows, heads and curves of finished stages."""
         manifests = {name: self.run.verify(name) for name in stages}
+        measurer = Measurer(self.run, self.recipe, manifests)
         return Results(
             run={
                 "name": self.recipe.name,
@@ -91,7 +93,8 @@ class Runner:
                     ]
                 ),
             },
-            rows=Measurer(self.run, self.recipe, manifests).rows(latency=latency),
+            rows=measurer.rows(latency=latency),
+            agreement=measurer.agreement() if latency else None,
             heads={
                 name: Heads(**{key: manifest.details[key] for key in ("method", "scope", "scores", "kept")})
                 for name, manifest in manifests.items()

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from eval.results import Results
 
-FIGURES = ("latency", "perplexity", "memory", "size", "tradeoff", "heads", "learning_curves")
+FIGURES = ("latency", "perplexity", "memory", "size", "tradeoff", "agreement", "tasks", "heads", "learning_curves")
 
 
 def draw_all(results: Results, folder: Path) -> list[Path]:
@@ -12,7 +12,7 @@ def draw_all(results: Results, folder: Path) -> list[Path]:
 
     A figure left from earlier results that these no longer support is removed. Returns the files written.
     """
-    from plots import latency, memory, quality, style, tradeoff
+    from plots import agreement, latency, memory, quality, style, tasks, tradeoff
 
     draws = {
         "latency": latency.draw,
@@ -20,6 +20,8 @@ def draw_all(results: Results, folder: Path) -> list[Path]:
         "memory": memory.draw,
         "size": memory.draw_size,
         "tradeoff": tradeoff.draw,
+        "agreement": agreement.draw,
+        "tasks": tasks.draw,
         "heads": quality.draw_heads,
         "learning_curves": quality.draw_learning_curves,
     }

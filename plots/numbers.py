@@ -47,3 +47,12 @@ def share(value: float) -> str:
 def times(ratio: float) -> str:
     """`1.92 ×`."""
     return f"{ratio:,.2f} ×"
+
+
+def tiny(value: float) -> str:
+    """A value from nothing to one and beyond: `1.8`, `0.023`, `2.7e-4`, and `0` below 1e-9, which is rounding."""
+    if value < 1e-9:
+        return "0"
+    if value >= 1e-3:
+        return significant(value, 2)
+    return f"{value:.1e}".replace("e-0", "e-")

@@ -9,6 +9,7 @@ import pytest
 from eval.errors import UserError
 from eval.latency import timing
 from eval.results import (
+    Agreement,
     CurvePoint,
     Heads,
     Latency,
@@ -42,6 +43,19 @@ def full() -> Results:
         rows=[measured, absent],
         heads={"prune": Heads("taylor", "layer", [[0.1, 0.2], [0.3, 0.4]], [[1], [0, 1]])},
         curves={"finetune": [CurvePoint(1, 0.5, 3.25, 1e-4), CurvePoint(2, 1.0, 3.0)]},
+        agreement=Agreement(
+            rows=["a/b/c/d", "e/f/g/h"],
+            tokens=7,
+            context=4,
+            text_sha256="ab" * 32,
+            logit_mean=[[0.0, 0.1], [0.1, 0.0]],
+            logit_max=[[0.0, 0.2], [0.2, 0.0]],
+            kl=[[0.0, 1e-9], [1.1e-9, 0.0]],
+            top1=[[1.0, 0.875], [0.875, 1.0]],
+            prompt_tokens=3,
+            new_tokens=2,
+            diverged=[[[None], [1]], [[1], [None]]],
+        ),
     )
 
 
@@ -54,6 +68,14 @@ def test_round_trip(full: Results, tmp_path: Path) -> None:
     save_results(full, path)
     assert load_results(path) == full
     assert [row.key for row in load_results(path).rows] == ["finetune/torch/cuda:0/fp16", "quantize/openvino/cpu/bf16"]
+
+
+def test_results_from_before_agreement_was_measured(full: Results, tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    raw = json.loads(as_json(full))
+    del raw["agreement"]
+    path.write_text(json.dumps(raw))
+    assert load_results(path) == dataclasses.replace(full, agreement=None)
 
 
 def test_saving_replaces_and_leaves_nothing_else(full: Results, tmp_path: Path) -> None:
@@ -135,6 +157,7 @@ def without(raw: dict, *keys: str | int) -> None:
         ("rows", 0, "memory", "uss"),
         ("heads", "prune", "kept"),
         ("curves", "finetune", 1, "loss"),
+        ("agreement", "kl"),
     ],
 )
 def test_missing_key(full: Results, tmp_path: Path, keys: tuple) -> None:

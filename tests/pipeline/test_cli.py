@@ -16,12 +16,24 @@ from pipeline.engines.torch import TorchEngine
 from pipeline.texts import load_text
 
 ROOT = Path(__file__).parents[2]
+EMBEDDED = ROOT / "pipeline/assets/gpt2-mini"
 VERBS = [command.callback.__name__ for command in app.registered_commands if command.callback]
 
 
 def test_the_verbs() -> None:
     chain = ["run", "load", "half", "prune", "finetune", "quantize"]
-    assert [*chain, "evaluate", "generate", "bench", "profile", "report", "pretrain", "doctor", "probe"] == VERBS
+    assert [
+        *chain,
+        "evaluate",
+        "compare",
+        "generate",
+        "bench",
+        "profile",
+        "report",
+        "pretrain",
+        "doctor",
+        "probe",
+    ] == VERBS
 
 
 @pytest.mark.parametrize("verb", ["", *VERBS])
@@ -58,6 +70,8 @@ def test_help_needs_no_heavy_import() -> None:
         ["evaluate", "x", "--context", "many"],
         ["generate", "x"],
         ["bench", "x", "--new-tokens", "0"],
+        ["compare", "x"],
+        ["compare", "x", "y", "--tokens", "0"],
     ],
 )
 def test_misuse(words: list[str], cli) -> None:
@@ -113,6 +127,10 @@ def test_a_broken_recipe_file(cli, tmp_path: Path) -> None:
         (["generate", "{model}", "--prompt", ""], "the prompt is empty"),
         (["generate", "{model}", "--prompt", "a", "--top-k", "0"], "top_k >= 1"),
         (["bench", "{model}", "{model}"], "named twice"),
+        (["compare", "{model}", "nowhere"], "nowhere: no usable tokenizer"),
+        (["compare", "{model}", "{model}", *["--device", "cpu"] * 3], "--device is given 3 times for two models"),
+        (["compare", "{model}", "{model}", "--precision", "fp32", "--precision", "int4"], "precision 'int4'"),
+        (["compare", "{model}", "{embedded}"], "their tokenizers cut the text otherwise"),
         (["report", "nowhere"], "nowhere/results.json: No such file"),
         (["pretrain", "--text", "no.txt", "--out", "{out}"], "no.txt: No such file"),
         (["half", "--out", "{out}"], "no such stage; run: python -m pipeline load"),
@@ -121,7 +139,7 @@ def test_a_broken_recipe_file(cli, tmp_path: Path) -> None:
 def test_a_mistake_in_another_verb_is_one_line(
     words: list[str], said: str, cli, tiny_folder: Path, tiny_texts: dict[str, Path], tmp_path: Path
 ) -> None:
-    places = {"model": tiny_folder, "text": tiny_texts["evaluation"], "out": tmp_path / "out"}
+    places = {"model": tiny_folder, "text": tiny_texts["evaluation"], "out": tmp_path / "out", "embedded": EMBEDDED}
     code, stdout, err = cli(*(word.format(**places) for word in words))
     assert (code, stdout) == (2, ""), err
     last = err.splitlines()[-1]
@@ -196,6 +214,29 @@ def test_evaluate_reads_an_ir(finished_run: Path, cli, tiny_texts: dict[str, Pat
     assert values["quantize/ir_fp32"] == pytest.approx(exact, rel=1e-4)
     assert values["quantize/ir_fp16"] == pytest.approx(exact, rel=1e-2)
     assert values["quantize/model"] == pytest.approx(exact, rel=5e-2)
+
+
+def test_compare_engines(finished_run: Path, cli, tiny_texts: dict[str, Path]) -> None:
+    pair = (finished_run / "finetune/model", finished_run / "quantize/model")
+    words = ("compare", *pair, "--text", tiny_texts["evaluation"], "--tokens", 101, "--device", "cpu")
+    code, stdout, err = cli(*words, "--json")
+    assert code == 0, err
+    found = json.loads(stdout)
+    assert [(subject["engine"], subject["precision"]) for subject in found["subjects"]] == [
+        ("torch", "fp32"),
+        ("openvino", "int8"),
+    ]
+    assert (found["tokens"], found["context"], found["new_tokens"]) == (101, 48, 24)
+    assert 0 < found["kl"][0][1] < 0.05 and 0.8 < found["top1"][0][1] <= 1
+    code, stdout, _ = cli(*words)
+    assert code == 0 and stdout.startswith(f"A  {pair[0]}: torch on cpu, FP32 weights")
+    assert f"KL(A||B) {found['kl'][0][1]:.3g} nats a token" in stdout
+
+    same = ("compare", pair[0], pair[0], "--text", tiny_texts["evaluation"], "--device", "cpu")
+    code, stdout, _ = cli(*same, "--precision", "fp32", "--precision", "fp16", "--json")
+    rounded = json.loads(stdout)
+    assert code == 0 and [subject["precision"] for subject in rounded["subjects"]] == ["fp32", "fp16"]
+    assert 0 < rounded["kl"][0][1] < found["kl"][0][1]
 
 
 def test_doctor(cli, monkeypatch: pytest.MonkeyPatch) -> None:

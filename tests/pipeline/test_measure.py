@@ -128,8 +128,35 @@ def test_what_was_measured_is_kept_until_it_changes(
         assert (run_copy / "measurements" / key).read_text() == kept
 
     seen.clear()
-    runner(run_copy, tiny_recipe, "measure.stride=16", "measure.latency=false").execute(until="half")
+    changes = ("measure.stride=16", "measure.latency=false", "measure.agreement_tokens=0")
+    assert runner(run_copy, tiny_recipe, *changes).execute(until="half").agreement is None
     assert seen == ["load/torch/cpu/fp32", "half/torch/cpu/fp16"]
+
+    seen.clear()  # how much is compared decides nothing but the comparison
+    runner(run_copy, tiny_recipe, "measure.agreement_tokens=33").execute()
+    assert sorted(set(seen)) == sorted(key for key in ORDER if key in live_rows(run_copy))
+
+
+def live_rows(run: Path) -> list[str]:
+    return [row.key for row in load_results(run / "results.json").rows if row.skipped is None]
+
+
+def test_agreement_of_all_rows(finished_run: Path, tiny_texts: dict[str, Path], tiny_tokenizer) -> None:
+    found = load_results(finished_run / "results.json").agreement
+    assert found is not None and found.rows == live_rows(finished_run)
+    ids = encode(load_text(str(tiny_texts["evaluation"])), tiny_tokenizer)[:1024]
+    assert (found.tokens, found.context, found.prompt_tokens, found.new_tokens) == (len(ids), 32, 16, 16)
+    a, b = (found.rows.index(key) for key in ("finetune/torch/cpu/fp32", "quantize/openvino/cpu/int8"))
+    engines = [load_engine("torch", finished_run / "finetune/model", device="cpu"), None]
+    engines[1] = load_engine("openvino", finished_run / "quantize/model")
+    p, q = (
+        torch.cat([engine.logits(part[None])[0] for part in torch.from_numpy(ids).split(32)]).double().softmax(-1)
+        for engine in engines
+    )
+    assert found.kl[a][b] == pytest.approx(float((p * (p / q).log()).sum() / len(ids)), rel=1e-3)
+    assert found.top1[a][b] == pytest.approx(float((p.argmax(-1) == q.argmax(-1)).double().mean()))
+    exact = found.rows.index("quantize/openvino/cpu/fp32")
+    assert found.kl[a][exact] < 1e-6 < found.kl[a][b] and found.diverged[a][exact] == [None] * 4
 
 
 def test_memory_comes_from_a_fresh_process(run_copy: Path, tiny_recipe: Path) -> None:

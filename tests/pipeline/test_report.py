@@ -16,7 +16,7 @@ import sample_results as sample
 from eval.errors import UserError
 from eval.results import save_results
 from pipeline import report
-from plots import FIGURES
+from plots import FIGURES, agreement
 from plots.rows import label
 
 
@@ -56,7 +56,7 @@ def test_html_is_well_formed_and_loads_nothing_from_outside(full):
 
 def test_every_row_stands_in_the_table(full):
     root = parse(full[1])
-    body = root.findall(".//tbody/tr")
+    body = root.find(".//tbody").findall("tr")
     results = sample.full()
     assert [tr.find("th").text for tr in body] == [label(row) for row in results.rows]
     assert [tr.get("class") for tr in body] == [row.role for row in results.rows]
@@ -64,6 +64,20 @@ def test_every_row_stands_in_the_table(full):
         assert sum(int(cell.get("colspan", 1)) for cell in tr) == 8
         assert (f"not measured: {sample.NO_GPU}" in prose(tr)) == (row.skipped is not None)
     assert "5.08 to 5.23" in prose(body[0])
+
+
+def test_agreement_stands_in_a_table_of_its_own(full):
+    _, html, text = full
+    root = parse(html)
+    words = agreement.against_first(sample.full())
+    lines = root.findall(".//table[@class='agreement']/tbody/tr")
+    assert [tuple(cell.text for cell in line) for line in lines] == words.lines
+    assert words.summary in prose(root) and words.note in prose(root)
+    markdown = text.partition("## Do they say the same?")[2].partition("## What")[0]
+    cells = [line.strip("|").split("|") for line in markdown.splitlines() if line.startswith("|")]
+    assert {len(line) for line in cells} == {len(agreement.COLUMNS)}
+    assert [cell.strip() for cell in cells[2]] == list(words.lines[0])
+    assert "Do they say the same?" not in "".join(written(full[0].parent, sample.single()))
 
 
 def test_figures_are_embedded_with_words_for_those_who_cannot_see(full):
@@ -128,7 +142,7 @@ def test_twice_the_same_bytes(full):
 @pytest.mark.parametrize("results", [sample.empty(), sample.single(), sample.full(gpu=True)])
 def test_other_runs_have_reports_too(tmp_path, results):
     html, text = written(tmp_path, results)
-    rows = parse(html).findall(".//tbody/tr")
+    rows = parse(html).find(".//tbody").findall("tr")
     assert len(rows) == len(results.rows)
     assert ("Nothing was measured that a figure could show." in text) == (not parse(html).findall(".//img"))
 

@@ -3,7 +3,7 @@
 import math
 import random
 
-from eval.results import CurvePoint, Heads, Latency, Memory, Quality, Results, Row, Timing
+from eval.results import Agreement, CurvePoint, Heads, Latency, Memory, Quality, Results, Row, Timing
 
 NO_GPU = "this torch build has no CUDA support"
 HOSTILE = "<script>alert('x')</script> & \"quotes\" | pipe"
@@ -93,6 +93,29 @@ def full(gpu: bool = False) -> Results:
             "control-random": heads("random", [[0, 1, 2, 3], [0, 1, 3, 4], [0, 2, 3], [0, 1, 2, 4]], seed=5),
         },
         curves={"finetune": curve(67.0, 60.0), "control-finetune": curve(61.0, 59.0, seed=2)},
+        agreement=agreement([row for row in rows if row.skipped is None]),
+    )
+
+
+def agreement(rows: list[Row], seed: int = 7) -> Agreement:
+    """Made-up matrices over these rows: divergences from rounding to half a nat, every row at one with itself."""
+    draw, size = random.Random(seed), len(rows)
+
+    def matrix(value, itself):
+        return [[itself if a == b else value() for b in range(size)] for a in range(size)]
+
+    return Agreement(
+        rows=[row.key for row in rows],
+        tokens=1_023,
+        context=512,
+        text_sha256="ab" * 32,
+        logit_mean=matrix(lambda: 0.3 * draw.random(), 0.0),
+        logit_max=matrix(lambda: 4 * draw.random(), 0.0),
+        kl=matrix(lambda: 0.5 * 10 ** (-8 * draw.random()), 0.0),
+        top1=matrix(lambda: 0.8 + 0.2 * draw.random(), 1.0),
+        prompt_tokens=64,
+        new_tokens=64,
+        diverged=matrix(lambda: [draw.choice([None, 0, 17, 63]) for _ in range(4)], [None] * 4),
     )
 
 
@@ -150,4 +173,4 @@ def many(count: int = 20) -> Results:
                 memory=memory(600 + index),
             )
         )
-    return Results(run=full().run, rows=rows)
+    return Results(run=full().run, rows=rows, agreement=agreement(rows))

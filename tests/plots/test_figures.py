@@ -8,8 +8,8 @@ import pytest
 import sample_results as sample
 from PIL import Image
 
-from plots import FIGURES, draw_all, latency, memory, quality, style, tradeoff
-from plots.rows import labels, measured, unmeasured_note
+from plots import FIGURES, agreement, draw_all, latency, memory, quality, style, tradeoff
+from plots.rows import label, labels, measured, unmeasured_note
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -62,6 +62,7 @@ def test_each_figure_is_a_png_that_shows_something_and_an_svg(drawn):
             "tradeoff",
             ["decode: time per output token (ms)", "perplexity per token", "quantize · int8", "34.4 MB on disk"],
         ),
+        ("agreement", ["load · torch · cpu · fp32   1", "KL divergence (nats a token)", "14", "–"]),
         ("heads", ["layer", "head", "taylor score", "random score"]),
         ("learning_curves", ["loss (nats per token)", "optimizer step", "finetune", "control-finetune"]),
     ],
@@ -122,6 +123,36 @@ def test_crosses_stand_on_pruned_heads():
     assert figure.axes[0].get_title(loc="left") == "prune: taylor, global scope\n5 of 20 heads pruned"
 
 
+def test_cells_of_the_agreement_matrix_say_what_was_measured():
+    results = sample.full()
+    found = results.agreement
+    found.kl[0][1], found.top1[0][1] = 2.71e-4, 0.98765
+    (axes, _) = agreement.draw(results).axes
+    cells = {text.get_position(): text.get_text() for text in axes.texts}
+    assert len(cells) == len(found.rows) ** 2
+    assert cells[1, 0] == "2.7e-4\n98.8%"  # KL(first || second), in the first row
+    assert all(cells[i, i] == "–" for i in range(len(found.rows)))
+    assert axes.images[0].get_array().mask.diagonal().all()
+
+
+def test_agreement_in_words():
+    results = sample.full()
+    found = results.agreement
+    keys = found.rows
+    ir, int8 = keys.index("quantize/openvino/cpu/fp32"), keys.index("quantize/openvino/cpu/int8")
+    found.top1[ir][int8], found.kl[ir][int8], found.diverged[ir][int8] = 0.9912, 3e-4, [None, 5, None, None]
+    found.diverged[0][1] = [None, 0, 3, 63]
+    words = agreement.against_first(results)
+    assert "as its FP32 IR at 99.1 % of 1,023 positions and loses 3.0e-4 nats a token" in words.summary
+    assert "3 of 4 greedy continuations of 64 tokens are the same throughout" in words.summary
+    assert [line[0] for line in words.lines] == [label(row) for row in results.rows if row.skipped is None][1:]
+    assert all(len(line) == len(agreement.COLUMNS) for line in words.lines)
+    assert words.lines[0][-1] == "all, 0, 3, 63"
+    results.rows = results.rows[:1]  # the matrix may know rows that the table does not
+    assert agreement.against_first(results).summary == "Against load · torch · cpu · fp32:"
+    assert agreement.against_first(sample.single()) is None
+
+
 def test_layers_with_different_head_counts_are_drawn():
     results = sample.full()
     results.heads["prune"].scores[1] = [0.5, 0.25]
@@ -147,12 +178,13 @@ def test_no_text_overlaps_another_or_leaves_the_figure(results):
         memory.draw,
         memory.draw_size,
         tradeoff.draw,
+        agreement.draw,
         quality.draw_heads,
         quality.draw_learning_curves,
     ):
         figure = draw(results)
         if figure is None:
-            assert draw in (quality.draw_heads, quality.draw_learning_curves)
+            assert draw in (agreement.draw, quality.draw_heads, quality.draw_learning_curves)
             continue
         boxes = [(text.get_text(), text.get_window_extent()) for text in texts(figure)]
         for text, box in boxes:

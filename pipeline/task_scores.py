@@ -1,0 +1,51 @@
+"""Tasks on one model folder, as the command line asks for them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from eval.task_data import load_documents
+from eval.tasks import EngineLM, evaluate
+from pipeline.artifacts import disk_errors, fingerprint, sha256_tree, versions
+from pipeline.checkpoint import load_tokenizer
+from pipeline.engines import default_engine, load_engine
+from plots.tasks import PUBLISHED
+
+
+def score_folder(
+    model: Path,
+    tasks: Sequence[str],
+    options: Mapping[str, str | None],
+    *,
+    data: Path | None,
+    limit: int | None,
+    cache: Path,
+) -> dict[str, Any]:
+    """`{"engine", "device", "compute", "tasks": {name: eval.results.Score as plain data}}`.
+
+    `options` are `engine`, `device` and `precision`, or `None` for the folder's own. Answers are kept below `cache`
+    by the content of the folder and how it is run. Raises `UserError` for unknown tasks, or what they need.
+    """
+    documents = {task: load_documents(task, data) for task in tasks}
+    tokenizer = load_tokenizer(model)
+    engine = load_engine(
+        options["engine"] or default_engine(model), model, device=options["device"], precision=options["precision"]
+    )
+    about = {"engine": engine.name, "device": engine.device, "compute": engine.compute}
+    mark = fingerprint([sha256_tree(model), about, versions()])
+    with disk_errors(cache):
+        scores = evaluate(EngineLM(engine, tokenizer, responses=cache / f"{mark}.jsonl"), documents, limit=limit)
+    return {**about, "tasks": {task: asdict(score) for task, score in scores.items()}}
+
+
+def format_scores(outcome: dict[str, Any]) -> str:
+    """What a person reads."""
+    return "\n".join(
+        [
+            f"{task:<10} accuracy {score['accuracy']:.4f} ± {score['stderr']:.4f}  ({score['documents']:,} of "
+            f"{score['of']:,} documents; GPT-2 124M as published: {PUBLISHED[task].accuracy})"
+            for task, score in outcome["tasks"].items()
+        ]
+        + [f"{outcome['engine']} on {outcome['device']}: {outcome['compute']}"]
+    )
