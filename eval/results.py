@@ -117,6 +117,22 @@ class Heads:
 
 
 @dataclass
+class QuantizedLayer:
+    """What became of one weight matrix."""
+
+    name: str
+    method: str
+    bits: int
+    scheme: str
+    scale_min: float
+    scale_max: float
+    error: float
+    """The norm of the weight's change over that of the weight."""
+    kernel: str | None = None
+    """What multiplied it on this machine: node type and kernel, as the compiled graph names them."""
+
+
+@dataclass
 class CurvePoint:
     """One logged moment of a training; `loss` in nats a token, `rate` the learning rate."""
 
@@ -158,6 +174,7 @@ class Results:
     """By stage: `prune`, `control-random`."""
     curves: dict[str, list[CurvePoint]] = field(default_factory=dict)
     """By stage: `finetune`, `control-finetune`."""
+    quantization: list[QuantizedLayer] = field(default_factory=list)
     agreement: Agreement | None = None
     """`None` where fewer than two rows were measured, or the recipe does not ask for it."""
     schema: int = SCHEMA
@@ -204,6 +221,7 @@ def load_results(path: Path) -> Results:
             rows=[_row(row) for row in raw["rows"]],
             heads={stage: Heads(**heads) for stage, heads in raw["heads"].items()},
             curves={stage: [CurvePoint(**point) for point in curve] for stage, curve in raw["curves"].items()},
+            quantization=[QuantizedLayer(**layer) for layer in raw.get("quantization", [])],
             agreement=Agreement(**raw["agreement"]) if raw.get("agreement") else None,
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from eval.errors import UserError
+from eval.results import QuantizedLayer
 from pipeline.data import TokenBlocks
 from pipeline.model import CompactGPT2LMHeadModel, in_fp32
 from pipeline.model.int8 import HalfEmbedding, Int8Embedding, Int8Linear
@@ -27,6 +28,7 @@ from pipeline.openvino_export import export_openvino, quiet
 REPORT = "quantization.json"
 _HEAD = "lm_head"
 _POSITIONS = "transformer.wpe"
+_SCHEME = "symmetric, one scale an output"
 _RTN_ROWS = 4096
 
 Codes = tuple[torch.Tensor, torch.Tensor]
@@ -64,22 +66,10 @@ class WeightOnlyConfig:
                 raise UserError(f"ignore pattern {pattern!r}: not a regular expression ({error})") from error
 
 
-@dataclass(frozen=True)
-class LayerReport:
-    """What quantisation did to one layer. `error` is the norm of the weight's change over that of the weight."""
-
-    name: str
-    method: str
-    bits: int
-    scale_min: float
-    scale_max: float
-    error: float
-
-
 class INCQuantizer:
     """Quantises a CompactGPT2 with neural-compressor; the model that was passed in stays as it was.
 
-    `report` holds one `LayerReport` for each quantised layer once `quantize` has run.
+    `report` holds one `QuantizedLayer` for each quantised layer once `quantize` has run.
     """
 
     def __init__(self, model: CompactGPT2LMHeadModel, tokenizer: Any = None):
@@ -87,7 +77,7 @@ class INCQuantizer:
             raise UserError("the model is quantised already: give the FP32 or FP16 model")
         self.model = model
         self.tokenizer = tokenizer
-        self.report: list[LayerReport] = []
+        self.report: list[QuantizedLayer] = []
 
     @classmethod
     def from_pretrained(cls, model: CompactGPT2LMHeadModel, tokenizer: Any = None) -> Self:
@@ -159,7 +149,9 @@ class INCQuantizer:
         model.set_submodule(name, Int8Linear(weight, scale, bias))
         change = weight.float().mul_(scale).sub_(original.weight).norm()
         error = change / original.weight.norm().clamp_min(1e-30)
-        self.report.append(LayerReport(name, method, 8, scale.min().item(), scale.max().item(), error.item()))
+        self.report.append(
+            QuantizedLayer(name, method, 8, _SCHEME, scale.min().item(), scale.max().item(), error.item())
+        )
 
     def _save(self, quantized: CompactGPT2LMHeadModel, folder: Path, traced: str | Path | None) -> None:
         export_openvino(self.model, folder, tokenizer=self.tokenizer, int8=quantized, traced=traced)

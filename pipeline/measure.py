@@ -17,7 +17,17 @@ from eval.errors import UserError
 from eval.latency import measure as measure_latency
 from eval.memory import memory_in_fresh_process
 from eval.perplexity import perplexity
-from eval.results import Agreement, Latency, Memory, Quality, Row, Score, latency_from, save_json
+from eval.results import (
+    Agreement,
+    Latency,
+    Memory,
+    Quality,
+    QuantizedLayer,
+    Row,
+    Score,
+    latency_from,
+    save_json,
+)
 from eval.task_data import Documents, load_documents
 from pipeline import hardware
 from pipeline.artifacts import Manifest, RunFolder, fingerprint, tree_bytes, versions
@@ -25,10 +35,12 @@ from pipeline.checkpoint import load_tokenizer
 from pipeline.data import encode, sha256_text
 from pipeline.engines import load_engine
 from pipeline.engines.cuda import why_not as why_no_kernels
+from pipeline.engines.openvino import OpenVINOEngine
 from pipeline.recipe import Measure, Recipe, Tasks
 from pipeline.texts import load_text
 
 VERSION = 1
+QUANTIZATION = "quantization.json"
 
 
 @dataclass(frozen=True)
@@ -177,6 +189,20 @@ class Measurer:
             return asdict(compare(answers, questions, text_sha256=digest))
 
         return Agreement(**self._kept("agreement", live, make, tokens))
+
+    def quantization(self) -> list[QuantizedLayer]:
+        """What quantisation did to each matrix, and what multiplies it on this machine; empty before that stage."""
+        int8 = [subject for subject in subjects(list(self.manifests)) if subject.precision == "int8"]
+        if not int8:
+            return []
+
+        def make() -> list[dict[str, Any]]:
+            report = json.loads((self._path(int8[0]) / QUANTIZATION).read_text(encoding="utf-8"))
+            engine = self._engine(int8[0])
+            kernels = engine.kernels() if isinstance(engine, OpenVINOEngine) else {}
+            return [{**layer, "kernel": kernels.get(layer["name"])} for layer in report["layers"]]
+
+        return [QuantizedLayer(**layer) for layer in self._kept("quantization", int8, make)]
 
     def _possible(self, subject: Subject) -> Subject:
         """The row, left out where the kernels do not know this model's sizes."""

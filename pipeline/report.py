@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.results import Results, load_results, save_text
-from plots import FIGURES, agreement, findings, tasks
+from plots import FIGURES, agreement, findings, quantization, tasks
 from plots.rows import by_kind, count, measured
 from plots.table import COLUMNS, MARKS, legend, lines, markdown, markdown_table, note
 from plots.table import text_table as table
@@ -80,6 +80,8 @@ def _facts(results: Results, drawings: dict[str, Path]) -> dict[str, Any]:
         "task_columns": tasks.columns(results),
         "task_lines": tasks.lines(results),
         "task_note": tasks.note(results),
+        "quantization": quantization.by_layer(results),
+        "quantization_columns": quantization.COLUMNS,
         "heads": [(stage, _choice(results, stage)) for stage in results.heads],
         "arithmetic": findings.pruning_arithmetic(results),
         "caveats": findings.caveats(results),

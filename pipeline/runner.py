@@ -94,6 +94,7 @@ class Runner:
                 ),
             },
             rows=measurer.rows(latency=latency),
+            quantization=measurer.quantization(),
             agreement=measurer.agreement() if latency else None,
             heads={
                 name: Heads(**{key: manifest.details[key] for key in ("method", "scope", "scores", "kept")})

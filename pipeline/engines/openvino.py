@@ -1,6 +1,7 @@
 """Run an exported IR on the CPU with OpenVINO itself: no optimum, no transformers in the loop."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
@@ -20,6 +21,7 @@ _HINTS: dict[str, dict[str, str]] = {
     "bf16": {"INFERENCE_PRECISION_HINT": "bf16"},
     "int8": {},
 }
+_PRODUCT = re.compile(r"__module\.(.+)/aten::linear/(MatMul|Add)$")
 _STATED = (
     "INFERENCE_PRECISION_HINT",
     "KV_CACHE_PRECISION",
@@ -56,6 +58,8 @@ class OpenVINOEngine:
         self._request = compiled.create_infer_request()
         self._all_positions: Any = None
         self._past = 0
+        self._steps = self._steps_told = 0
+        self._told: dict[str, float] = {}
 
     @classmethod
     def from_folder(cls, folder: str | Path, *, precision: str | None = None, threads: int | None = None) -> Self:
@@ -130,11 +134,22 @@ class OpenVINOEngine:
         )
 
     def operator_times(self) -> list[tuple[str, str, float]]:
-        """Node name, kind with the kernel that ran, and milliseconds, of the last prefill or decode."""
-        return [
-            (node.node_name, f"{node.node_type} {node.exec_type}", 1000 * node.real_time.total_seconds())
-            for node in self._request.profiling_info
-        ]
+        """Node name, kind with the kernel that ran, and its mean milliseconds in the steps since last asked."""
+        found, steps = [], max(1, self._steps - self._steps_told)
+        for node in self._request.profiling_info:
+            total = self._steps * 1000 * node.real_time.total_seconds()  # OpenVINO tells the mean of all steps
+            mean = max(0.0, total - self._told.get(node.node_name, 0.0)) / steps
+            self._told[node.node_name] = total
+            found.append((node.node_name, f"{node.node_type} {node.exec_type}", mean))
+        self._steps_told = self._steps
+        return found
+
+    def kernels(self) -> dict[str, str]:
+        """What multiplies each weight matrix here, by the module's name: node type and kernel."""
+        engine = self.for_profiling()
+        engine.prefill(torch.zeros(1, 2, dtype=torch.int64))
+        products = ((_PRODUCT.match(node), kind) for node, kind, _ in engine.operator_times())
+        return {match.group(1): kind for match, kind in products if match is not None}
 
     def synchronize(self) -> None:
         """Nothing to wait for: `infer` returns when it is done."""
@@ -142,6 +157,7 @@ class OpenVINOEngine:
     def _step(self, input_ids: torch.Tensor) -> torch.Tensor:
         logits = self._infer(self._request, input_ids, self._past)
         self._past += input_ids.shape[1]
+        self._steps += 1
         return torch.from_numpy(logits[:, -1].copy())
 
     def _infer(self, request: Any, input_ids: torch.Tensor, past: int) -> np.ndarray:

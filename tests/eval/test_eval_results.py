@@ -15,6 +15,7 @@ from eval.results import (
     Latency,
     Memory,
     Quality,
+    QuantizedLayer,
     Results,
     Row,
     load_results,
@@ -43,6 +44,7 @@ def full() -> Results:
         rows=[measured, absent],
         heads={"prune": Heads("taylor", "layer", [[0.1, 0.2], [0.3, 0.4]], [[1], [0, 1]])},
         curves={"finetune": [CurvePoint(1, 0.5, 3.25, 1e-4), CurvePoint(2, 1.0, 3.0)]},
+        quantization=[QuantizedLayer("lm_head", "rtn", 8, "symmetric", 1e-4, 0.5, 0.01)],
         agreement=Agreement(
             rows=["a/b/c/d", "e/f/g/h"],
             tokens=7,

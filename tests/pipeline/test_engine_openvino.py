@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -196,3 +197,19 @@ def test_missing_openvino_is_one_line(irs: dict[str, Path], monkeypatch: pytest.
     monkeypatch.setitem(openvino_export.sys.modules, "openvino", None)
     with pytest.raises(UserError, match="pip install openvino"):
         OpenVINOEngine.from_folder(irs["fp32"])
+
+
+def test_operator_times_are_those_of_the_steps_since_last_asked(irs: dict[str, Path]) -> None:
+    engine = OpenVINOEngine.from_folder(irs["fp32"]).for_profiling()
+    for step in (lambda: engine.prefill(_ids(4, 30)), lambda: engine.decode(torch.zeros(4, dtype=torch.int64))):
+        began = time.perf_counter()
+        step()
+        milliseconds = 1000 * (time.perf_counter() - began)
+        told = sum(each for _, _, each in engine.operator_times())
+        assert 0 < told <= milliseconds
+
+
+def test_kernels_name_what_multiplies_each_matrix(irs: dict[str, Path], model: CompactGPT2LMHeadModel) -> None:
+    kernels = OpenVINOEngine.from_folder(irs["int8"]).kernels()
+    assert kernels.keys() == {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    assert all(kernel.startswith("FullyConnected") for kernel in kernels.values())

@@ -16,7 +16,7 @@ import sample_results as sample
 from eval.errors import UserError
 from eval.results import save_results
 from pipeline import report
-from plots import FIGURES, agreement
+from plots import FIGURES, agreement, quantization
 from plots.rows import label
 
 
@@ -78,6 +78,18 @@ def test_agreement_stands_in_a_table_of_its_own(full):
     assert {len(line) for line in cells} == {len(agreement.COLUMNS)}
     assert [cell.strip() for cell in cells[2]] == list(words.lines[0])
     assert "Do they say the same?" not in "".join(written(full[0].parent, sample.single()))
+
+
+def test_quantisation_stands_in_a_table_of_its_own(full):
+    _, html, text = full
+    root = parse(html)
+    words = quantization.by_layer(sample.full())
+    lines = root.findall(".//table[@class='quantization']/tbody/tr")
+    assert [tuple(cell.text for cell in line) for line in lines] == words.lines
+    assert words.lines[0] == ("h.0.mlp.c_fc", "8", "gptq", "1.0e-4 to 0.010", "0.700 %", "Dense avx_f32")
+    assert words.summary in prose(root) and "lm_head the most. On this machine" in words.summary
+    assert "| h.0.mlp.c_fc |" in text or "h.0.mlp.c" in text.partition("## What quantisation did")[2]
+    assert "What quantisation did" not in "".join(written(full[0].parent, sample.single()))
 
 
 def test_figures_are_embedded_with_words_for_those_who_cannot_see(full):

@@ -3,7 +3,18 @@
 import math
 import random
 
-from eval.results import Agreement, CurvePoint, Heads, Latency, Memory, Quality, Results, Row, Timing
+from eval.results import (
+    Agreement,
+    CurvePoint,
+    Heads,
+    Latency,
+    Memory,
+    Quality,
+    QuantizedLayer,
+    Results,
+    Row,
+    Timing,
+)
 
 NO_GPU = "this torch build has no CUDA support"
 HOSTILE = "<script>alert('x')</script> & \"quotes\" | pipe"
@@ -93,6 +104,10 @@ def full(gpu: bool = False) -> Results:
             "control-random": heads("random", [[0, 1, 2, 3], [0, 1, 3, 4], [0, 2, 3], [0, 1, 2, 4]], seed=5),
         },
         curves={"finetune": curve(67.0, 60.0), "control-finetune": curve(61.0, 59.0, seed=2)},
+        quantization=[
+            QuantizedLayer("transformer.h.0.mlp.c_fc", "gptq", 8, "symmetric", 1e-4, 0.01, 0.007, "Dense avx_f32"),
+            QuantizedLayer("lm_head", "rtn", 8, "symmetric", 3.4e-5, 0.2, 0.0093, None),
+        ],
         agreement=agreement([row for row in rows if row.skipped is None]),
     )
 
