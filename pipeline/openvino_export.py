@@ -19,6 +19,7 @@ from pipeline.ir_weights import compress_weights
 from pipeline.model import CompactGPT2LMHeadModel, in_fp32
 
 IR_NAME = "openvino_model.xml"
+TOKENIZER_IRS = ("openvino_tokenizer", "openvino_detokenizer")
 
 
 def export_openvino(
@@ -63,6 +64,7 @@ def export_openvino(
         model.generation_config.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
+        _save_tokenizer_irs(openvino, tokenizer, folder)
     return folder
 
 
@@ -90,6 +92,16 @@ def import_openvino() -> Any:
     except ImportError as error:
         raise UserError(f"openvino cannot be imported ({error}); pip install openvino==2026.4.1") from error
     return openvino
+
+
+def _save_tokenizer_irs(openvino: Any, tokenizer: Any, folder: Path) -> None:
+    """The tokenizer as IRs of its own, with which the folder runs in OpenVINO GenAI, without Python."""
+    with quiet():
+        from openvino_tokenizers import convert_tokenizer
+
+        for ir, name in zip(convert_tokenizer(tokenizer, with_detokenizer=True), TOKENIZER_IRS, strict=True):
+            _name_nodes(ir, name)
+            openvino.save_model(ir, folder / f"{name}.xml")
 
 
 def _trace(model: CompactGPT2LMHeadModel, folder: Path) -> None:
@@ -131,9 +143,9 @@ def _trace(model: CompactGPT2LMHeadModel, folder: Path) -> None:
     )
 
 
-def _name_nodes(ir: Any) -> None:
+def _name_nodes(ir: Any, name: str = "compact_gpt2") -> None:
     """Number the nodes that openvino named from a process-wide counter: the same model, the same bytes."""
-    ir.set_friendly_name("compact_gpt2")
+    ir.set_friendly_name(name)
     for index, node in enumerate(ir.get_ordered_ops()):
         if re.fullmatch(rf"{node.get_type_name()}_\d+", node.get_friendly_name()):
             node.set_friendly_name(f"{node.get_type_name()}_{index}")

@@ -179,3 +179,19 @@ def test_missing_openvino_is_one_line(tmp_path: Path, monkeypatch: pytest.Monkey
     with pytest.raises(UserError, match="pip install openvino"):
         export_openvino(_model(), tmp_path / "never")
     assert not (tmp_path / "never").exists()
+
+
+def test_openvino_genai_runs_the_folder_with_its_own_tokenizer(tmp_path: Path, tiny_tokenizer) -> None:
+    import openvino_genai
+
+    from pipeline.engines.openvino import OpenVINOEngine
+
+    INCQuantizer.from_pretrained(_model(vocab=len(tiny_tokenizer)), tiny_tokenizer).quantize(save_directory=tmp_path)
+    text, count = "The river was named", 12
+    options = openvino_genai.GenerationConfig(max_new_tokens=count, do_sample=False, ignore_eos=True)
+    written = openvino_genai.LLMPipeline(str(tmp_path), "CPU").generate(text, options)
+    engine = OpenVINOEngine.from_folder(tmp_path)
+    tokens = [engine.prefill(torch.tensor([tiny_tokenizer(text)["input_ids"]])).argmax(-1)]
+    for _ in range(count - 1):
+        tokens.append(engine.decode(tokens[-1]).argmax(-1))
+    assert written == tiny_tokenizer.decode(torch.cat(tokens), skip_special_tokens=True)
