@@ -98,7 +98,8 @@ def draw(results: Results) -> "Figure | None":
         for b in range(size):
             dark = colours[a][b] > _WHITE_ABOVE
             text = "–" if a == b else f"{tiny(found.kl[a][b])}\n{share(found.top1[a][b]).replace(' %', '%')}"
-            axes.text(b, a, text, ha="center", va="center", fontsize=7, color="white" if dark else style.INK)
+            cell = axes.text(b, a, text, ha="center", va="center", fontsize=7, color="white" if dark else style.INK)
+            cell.set_in_layout(False)  # it lies within the axes; to measure it again and again takes a second
     names = labels([_row(key) for key in found.rows])
     axes.set_yticks(range(size), [f"{name}   {index + 1}" for index, name in enumerate(names)])
     axes.set_xticks(range(size), [str(index + 1) for index in range(size)])
@@ -106,6 +107,8 @@ def draw(results: Results) -> "Figure | None":
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     bar = figure.colorbar(image, ax=axes, fraction=0.03, pad=0.02, extend="both")
+    bar.set_ticks([10.0**power for power in range(-6, 1)], labels=[tiny(10.0**power) for power in range(-6, 1)])
+    bar.minorticks_off()
     bar.set_label("KL divergence (nats a token)")
     bar.outline.set_visible(False)
     return figure

@@ -5,6 +5,7 @@
 `tiny_tokenizer` fits them: byte-level BPE with 269 tokens, which encodes any text.
 """
 
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -116,6 +117,20 @@ def tiny_texts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="session")
+def task_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with five short documents of each task."""
+    folder = tmp_path_factory.mktemp("tasks")
+    for count, name in ((6, "hellaswag_val.txt"), (1, "lambada_test.jsonl")):
+        lines = [line[:30].strip() for line in prose(count, 25).split("\n\n")]
+        if count == 6:
+            parts = [[f"Art: {lines[5 * i]}", str(i % 4), *lines[5 * i + 1 : 5 * i + 5]] for i in range(5)]
+            (folder / name).write_text("\n".join(line for part in parts for line in part), encoding="utf-8")
+        else:
+            (folder / name).write_text("\n".join(json.dumps({"text": line}) for line in lines[:5]), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def tiny_choices(tiny_folder: Path, tiny_texts: dict[str, Path]) -> dict[str, Any]:
     """A recipe as plain data: all stages, a few steps each, no memory probes (each starts a process)."""
     return {
@@ -133,6 +148,7 @@ def tiny_choices(tiny_folder: Path, tiny_texts: dict[str, Path]) -> dict[str, An
             "min_count": 2,
             "min_seconds": 0,
             "memory": False,
+            "agreement_tokens": 101,
         },
     }
 

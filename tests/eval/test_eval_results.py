@@ -18,6 +18,7 @@ from eval.results import (
     QuantizedLayer,
     Results,
     Row,
+    Score,
     load_results,
     save_results,
 )
@@ -37,6 +38,7 @@ def full() -> Results:
         quality=Quality(29.94, 3.399, 287_643, 1024, 512, "ab" * 32, 1 / 3),
         latency=Latency(7, 4, 2, timing([0.1, 0.30000000000000004, 0.2]), timing([1e-5])),
         memory=Memory(5, 4, 3, None, 1, gpu_allocator_peak=7, gpu_process=None),
+        tasks={"lambada": Score(1 / 3, 0.1, 7, 5153, "cd" * 32)},
     )
     absent = Row("quantize", "openvino", "cpu", "bf16", role="baseline", skipped="this CPU has no bf16")
     return Results(
@@ -72,11 +74,12 @@ def test_round_trip(full: Results, tmp_path: Path) -> None:
     assert [row.key for row in load_results(path).rows] == ["finetune/torch/cuda:0/fp16", "quantize/openvino/cpu/bf16"]
 
 
-def test_results_from_before_agreement_was_measured(full: Results, tmp_path: Path) -> None:
+def test_results_from_before_agreement_and_tasks(full: Results, tmp_path: Path) -> None:
     path = tmp_path / "results.json"
     raw = json.loads(as_json(full))
-    del raw["agreement"]
+    del raw["agreement"], raw["rows"][0]["tasks"], raw["rows"][1]["tasks"]
     path.write_text(json.dumps(raw))
+    full.rows[0].tasks = {}
     assert load_results(path) == dataclasses.replace(full, agreement=None)
 
 
@@ -160,6 +163,7 @@ def without(raw: dict, *keys: str | int) -> None:
         ("heads", "prune", "kept"),
         ("curves", "finetune", 1, "loss"),
         ("agreement", "kl"),
+        ("rows", 0, "tasks", "lambada", "of"),
     ],
 )
 def test_missing_key(full: Results, tmp_path: Path, keys: tuple) -> None:

@@ -67,6 +67,7 @@ def test_help_needs_no_heavy_import() -> None:
         ["evaluate"],
         ["evaluate", "x", "--stride", "0"],
         ["evaluate", "x", "--context", "1"],
+        ["evaluate", "x", "--tasks", "lambada", "--limit", "1"],
         ["evaluate", "x", "--context", "many"],
         ["generate", "x"],
         ["bench", "x", "--new-tokens", "0"],
@@ -97,6 +98,11 @@ def test_misuse(words: list[str], cli) -> None:
         (["--force", "nothing"], "--force nothing: no such stage; give one of load, half"),
         (["--set", "load.source=./no/model"], "model ./no/model: no such folder"),
         (["--set", "data.train=no.txt"], "no.txt: No such file"),
+        (["--set", "measure.tasks.names=[glue]"], "measure.tasks.names.0 is 'glue'"),
+        (
+            ["--set", "measure.tasks.names=[lambada]", "--set", "measure.tasks.data=no"],
+            "no lambada_test*.jsonl below no",
+        ),
     ],
 )
 def test_a_mistake_in_a_run_is_one_line(words: list[str], said: str, cli, tiny_recipe: Path, tmp_path: Path) -> None:
@@ -124,6 +130,9 @@ def test_a_broken_recipe_file(cli, tmp_path: Path) -> None:
         (["evaluate", "{model}", "--text", "no.txt"], "no.txt: No such file"),
         (["evaluate", "{model}", "--text", "{text}", "--context", "49"], "at most 48"),
         (["evaluate", "{model}", "--text", "{text}", "--stride", "49"], "stride is 49"),
+        (["evaluate", "{model}", "--tasks", "glue"], "task glue: unknown; give one of hellaswag, lambada"),
+        (["evaluate", "{model}", "--tasks", "lambada", "--task-data", "no"], "no lambada_test*.jsonl below no"),
+        (["evaluate", "nowhere", "--tasks", "lambada", "--task-data", "{tasks}"], "nowhere: no usable tokenizer"),
         (["generate", "{model}", "--prompt", ""], "the prompt is empty"),
         (["generate", "{model}", "--prompt", "a", "--top-k", "0"], "top_k >= 1"),
         (["bench", "{model}", "{model}"], "named twice"),
@@ -137,9 +146,15 @@ def test_a_broken_recipe_file(cli, tmp_path: Path) -> None:
     ],
 )
 def test_a_mistake_in_another_verb_is_one_line(
-    words: list[str], said: str, cli, tiny_folder: Path, tiny_texts: dict[str, Path], tmp_path: Path
+    words: list[str], said: str, cli, tiny_folder: Path, tiny_texts: dict[str, Path], task_data: Path, tmp_path: Path
 ) -> None:
-    places = {"model": tiny_folder, "text": tiny_texts["evaluation"], "out": tmp_path / "out", "embedded": EMBEDDED}
+    places = {
+        "tasks": task_data,
+        "model": tiny_folder,
+        "text": tiny_texts["evaluation"],
+        "out": tmp_path / "out",
+        "embedded": EMBEDDED,
+    }
     code, stdout, err = cli(*(word.format(**places) for word in words))
     assert (code, stdout) == (2, ""), err
     last = err.splitlines()[-1]
@@ -199,6 +214,28 @@ def test_evaluate_is_eval_perplexity(
     assert math.log(found["perplexity"]) == pytest.approx(found["nll"])
     code, stdout, _ = cli(*command)
     assert code == 0 and stdout.startswith(f"perplexity {wanted.perplexity:.4f}  ({wanted.tokens:,} tokens")
+
+
+def test_evaluate_scores_tasks(finished_run: Path, cli, task_data: Path, tmp_path: Path, monkeypatch) -> None:
+    words = ("--tasks", "hellaswag,lambada", "--task-cache", tmp_path / "cache", "--device", "cpu")
+    values = {}
+    for folder in ("finetune/model", "quantize/ir_fp32"):
+        code, stdout, err = cli("evaluate", finished_run / folder, *words, "--task-data", task_data, "--json")
+        assert code == 0, err
+        values[folder] = json.loads(stdout)
+    torch_found, ir_found = values.values()
+    assert (torch_found["engine"], ir_found["engine"]) == ("torch", "openvino")
+    assert torch_found["tasks"] == ir_found["tasks"]
+    assert torch_found["tasks"]["hellaswag"]["documents"] == 5
+
+    files = {path: path.read_bytes() for path in (tmp_path / "cache").iterdir()}
+    assert len(files) == 2 and all(content.count(b"\n") == 25 for content in files.values())
+    monkeypatch.setenv("HEADROOM_TASK_DATA", str(task_data))
+    code, stdout, _ = cli("evaluate", finished_run / "finetune/model", *words, "--limit", 3)
+    accuracy = stdout.splitlines()[0].split()[2]
+    assert code == 0 and stdout.startswith("hellaswag  accuracy 0.") and "(3 of 5 documents; GPT-2 124M as" in stdout
+    assert 3 * float(accuracy) == pytest.approx(round(3 * float(accuracy)), abs=1e-3)
+    assert {path: path.read_bytes() for path in (tmp_path / "cache").iterdir()} == files
 
 
 def test_evaluate_reads_an_ir(finished_run: Path, cli, tiny_texts: dict[str, Path]) -> None:

@@ -132,10 +132,6 @@ def test_what_was_measured_is_kept_until_it_changes(
     assert runner(run_copy, tiny_recipe, *changes).execute(until="half").agreement is None
     assert seen == ["load/torch/cpu/fp32", "half/torch/cpu/fp16"]
 
-    seen.clear()  # how much is compared decides nothing but the comparison
-    runner(run_copy, tiny_recipe, "measure.agreement_tokens=33").execute()
-    assert sorted(set(seen)) == sorted(key for key in ORDER if key in live_rows(run_copy))
-
 
 def live_rows(run: Path) -> list[str]:
     return [row.key for row in load_results(run / "results.json").rows if row.skipped is None]
@@ -144,7 +140,7 @@ def live_rows(run: Path) -> list[str]:
 def test_agreement_of_all_rows(finished_run: Path, tiny_texts: dict[str, Path], tiny_tokenizer) -> None:
     found = load_results(finished_run / "results.json").agreement
     assert found is not None and found.rows == live_rows(finished_run)
-    ids = encode(load_text(str(tiny_texts["evaluation"])), tiny_tokenizer)[:1024]
+    ids = encode(load_text(str(tiny_texts["evaluation"])), tiny_tokenizer)[:101]
     assert (found.tokens, found.context, found.prompt_tokens, found.new_tokens) == (len(ids), 32, 16, 16)
     a, b = (found.rows.index(key) for key in ("finetune/torch/cpu/fp32", "quantize/openvino/cpu/int8"))
     engines = [load_engine("torch", finished_run / "finetune/model", device="cpu"), None]
@@ -157,6 +153,27 @@ def test_agreement_of_all_rows(finished_run: Path, tiny_texts: dict[str, Path], 
     assert found.top1[a][b] == pytest.approx(float((p.argmax(-1) == q.argmax(-1)).double().mean()))
     exact = found.rows.index("quantize/openvino/cpu/fp32")
     assert found.kl[a][exact] < 1e-6 < found.kl[a][b] and found.diverged[a][exact] == [None] * 4
+
+
+def test_tasks_are_asked_once(
+    run_copy: Path, tiny_recipe: Path, tiny_folder: Path, task_data: Path, tiny_tokenizer, monkeypatch
+) -> None:
+    from eval.task_data import load_documents
+    from eval.tasks import EngineLM, evaluate
+
+    changes = ["measure.tasks.names=[lambada, hellaswag]", f"measure.tasks.data={task_data}", "measure.tasks.limit=4"]
+    seen = counted(monkeypatch)
+    rows = runner(run_copy, tiny_recipe, *changes, "measure.agreement_tokens=0").execute(until="half").rows
+    assert seen.count("half/torch/cpu/fp16") == 1  # for the tasks alone: its quality was measured before
+    documents = {name: load_documents(name, task_data) for name in ("lambada", "hellaswag")}
+    lm = EngineLM(load_engine("torch", tiny_folder, device="cpu"), tiny_tokenizer)
+    assert rows[0].tasks == evaluate(lm, documents, limit=4)
+    assert not rows[1].tasks or torch.cuda.is_available()
+    assert not list((run_copy / "measurements").glob(".responses*"))
+    seen.clear()
+    again = runner(run_copy, tiny_recipe, *changes, "measure.agreement_tokens=0").execute(until="half").rows
+    assert not seen and [row.tasks for row in again] == [row.tasks for row in rows]
+    assert "What can they do?" in (run_copy / "report.md").read_text(encoding="utf-8")
 
 
 def test_memory_comes_from_a_fresh_process(run_copy: Path, tiny_recipe: Path) -> None:

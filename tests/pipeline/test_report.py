@@ -16,7 +16,7 @@ import sample_results as sample
 from eval.errors import UserError
 from eval.results import save_results
 from pipeline import report
-from plots import FIGURES, agreement, quantization
+from plots import FIGURES, agreement, quantization, tasks
 from plots.rows import label
 
 
@@ -90,6 +90,16 @@ def test_quantisation_stands_in_a_table_of_its_own(full):
     assert words.summary in prose(root) and "lm_head the most. On this machine" in words.summary
     assert "| h.0.mlp.c_fc |" in text or "h.0.mlp.c" in text.partition("## What quantisation did")[2]
     assert "What quantisation did" not in "".join(written(full[0].parent, sample.single()))
+
+
+def test_task_scores_stand_in_a_table_of_their_own(full):
+    _, html, text = full
+    root = parse(html)
+    lines = root.findall(".//table[@class='tasks']/tbody/tr")
+    assert [tuple(cell.text for cell in line) for line in lines] == tasks.lines(sample.full())
+    assert tasks.note(sample.full()) in prose(root)
+    assert f"| {' | '.join(tasks.lines(sample.full())[0])} |" in text
+    assert "What can they do?" not in "".join(written(full[0].parent, sample.many(2)))
 
 
 def test_figures_are_embedded_with_words_for_those_who_cannot_see(full):

@@ -8,7 +8,7 @@ import pytest
 import sample_results as sample
 from PIL import Image
 
-from plots import FIGURES, agreement, draw_all, latency, memory, quality, style, tradeoff
+from plots import FIGURES, agreement, draw_all, latency, memory, quality, style, tasks, tradeoff
 from plots.rows import label, labels, measured, unmeasured_note
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -62,7 +62,8 @@ def test_each_figure_is_a_png_that_shows_something_and_an_svg(drawn):
             "tradeoff",
             ["decode: time per output token (ms)", "perplexity per token", "quantize · int8", "34.4 MB on disk"],
         ),
-        ("agreement", ["load · torch · cpu · fp32   1", "KL divergence (nats a token)", "14", "–"]),
+        ("agreement", ["load · torch · fp32   1", "KL divergence (nats a token)", "8", "–"]),
+        ("tasks", ["HellaSwag: 10,000 documents", "LAMBADA: 200 documents", "accuracy", "0.277", "0.139"]),
         ("heads", ["layer", "head", "taylor score", "random score"]),
         ("learning_curves", ["loss (nats per token)", "optimizer step", "finetune", "control-finetune"]),
     ],
@@ -135,6 +136,26 @@ def test_cells_of_the_agreement_matrix_say_what_was_measured():
     assert axes.images[0].get_array().mask.diagonal().all()
 
 
+def test_task_scores_stand_beside_the_published_ones():
+    results = sample.full()
+    results.rows[0].tasks.pop("lambada")
+    scored = [row for row in results.rows if row.tasks]
+    hellaswag, lambada = tasks.draw(results).axes
+    assert [bar.get_width() for bar in hellaswag.patches] == [row.tasks["hellaswag"].accuracy for row in scored]
+    assert len(lambada.patches) == len(scored) - 1
+    for axes, lines in ((hellaswag, {("--", 0.2955), (":", 0.25)}), (lambada, {("--", 0.3256)})):
+        assert {(line.get_linestyle(), line.get_xdata()[0]) for line in axes.lines} >= lines
+    ((low, high),) = [s[:, 0] for s in hellaswag.collections[0].get_segments()]
+    score = scored[0].tasks["hellaswag"]
+    assert (low, high) == pytest.approx((score.accuracy - 1.96 * score.stderr, score.accuracy + 1.96 * score.stderr))
+    assert tasks.columns(results) == ["row", "HellaSwag", "LAMBADA"]
+    assert tasks.lines(results)[0] == (label(scored[0]), "0.2775 ± 0.0045 (10,000 of 10,042)", "–")
+    assert "0.3256 for LAMBADA in OpenAI's variant, EleutherAI/lm-evaluation-harness" in tasks.note(results)
+    for row in results.rows:
+        row.tasks.pop("lambada", None)
+    assert len(tasks.draw(results).axes) == 1 and tasks.columns(results) == ["row", "HellaSwag"]
+
+
 def test_agreement_in_words():
     results = sample.full()
     found = results.agreement
@@ -145,7 +166,7 @@ def test_agreement_in_words():
     words = agreement.against_first(results)
     assert "as its FP32 IR at 99.1 % of 1,023 positions and loses 3.0e-4 nats a token" in words.summary
     assert "3 of 4 greedy continuations of 64 tokens are the same throughout" in words.summary
-    assert [line[0] for line in words.lines] == [label(row) for row in results.rows if row.skipped is None][1:]
+    assert [line[0] for line in words.lines] == [key.replace("/", " · ") for key in keys[1:]]
     assert all(len(line) == len(agreement.COLUMNS) for line in words.lines)
     assert words.lines[0][-1] == "all, 0, 3, 63"
     results.rows = results.rows[:1]  # the matrix may know rows that the table does not
@@ -179,12 +200,13 @@ def test_no_text_overlaps_another_or_leaves_the_figure(results):
         memory.draw_size,
         tradeoff.draw,
         agreement.draw,
+        tasks.draw,
         quality.draw_heads,
         quality.draw_learning_curves,
     ):
         figure = draw(results)
         if figure is None:
-            assert draw in (agreement.draw, quality.draw_heads, quality.draw_learning_curves)
+            assert draw in (agreement.draw, tasks.draw, quality.draw_heads, quality.draw_learning_curves)
             continue
         boxes = [(text.get_text(), text.get_window_extent()) for text in texts(figure)]
         for text, box in boxes:
@@ -195,7 +217,7 @@ def test_no_text_overlaps_another_or_leaves_the_figure(results):
 
 def test_one_row_is_drawn(tmp_path):
     names = {path.stem for path in draw_all(sample.single(), tmp_path)}
-    assert names == {"latency", "perplexity", "memory", "size", "tradeoff"}
+    assert names == {"latency", "perplexity", "memory", "size", "tradeoff", "tasks"}
 
 
 def test_nothing_measured_draws_nothing_and_removes_what_was_there(tmp_path):
