@@ -15,8 +15,6 @@ os.environ.setdefault("CT2_USE_MKL", "1")
 
 def convert(source: Path, out: Path, variant: str) -> None:
     """CTranslate2's own format. Raises `WorkError` where layers differ in heads."""
-    from ctranslate2.specs import Activation, TransformerDecoderModelSpec
-
     from eval.errors import WorkError
     from pipeline.checkpoint import load_model
 
@@ -27,6 +25,8 @@ def convert(source: Path, out: Path, variant: str) -> None:
         raise WorkError("CTranslate2 has one head count for all layers")
     if config.activation_function != "gelu_new":
         raise WorkError(f"no activation {config.activation_function} here")
+
+    from ctranslate2.specs import Activation, TransformerDecoderModelSpec
 
     spec = TransformerDecoderModelSpec.from_config(
         num_layers=config.n_layer,
