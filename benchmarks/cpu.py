@@ -83,9 +83,10 @@ class Worker:
         self.child.process.send_signal(signal.SIGSTOP)
         return answer
 
-    def memory(self) -> dict[str, Any]:
-        """See `eval.memory.snapshot`."""
-        return asdict(snapshot(0, "cpu", self.child.process.pid))
+    def memory(self) -> dict[str, int]:
+        """Bytes; see `eval.memory.snapshot`."""
+        found = asdict(snapshot(0, "cpu", self.child.process.pid))
+        return {name: found[name] for name in ("peak_rss", "rss", "uss", "pss")}
 
     def __enter__(self) -> "Worker":
         return self

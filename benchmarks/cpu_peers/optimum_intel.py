@@ -1,4 +1,7 @@
-"""Stock optimum-intel: NNCF's weight-only INT8 with default settings, OpenVINO's default properties."""
+"""Stock optimum-intel: NNCF's weight-only INT8 with default settings, OpenVINO's default properties.
+
+Its prefill computes logits of all positions, as that model does for whoever calls it.
+"""
 
 import tempfile
 from pathlib import Path
