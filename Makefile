@@ -3,9 +3,12 @@ PYTHON ?= $(shell command -v python3.11 || echo python3)
 VENV   := .venv
 BIN    := $(VENV)/bin
 RUN    := runs/demo
+PEERS  := .venv-peers
+# GCC before 13 miscompiles llama.cpp's AMX code, which then crashes.
+NO_AMX := $(if $(filter 1 2 3 4 5 6 7 8 9 10 11 12,$(shell gcc -dumpversion | cut -d. -f1)),-mno-amx-tile -mno-amx-int8 -mno-amx-bf16)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow full-size lint format cuda cuda-check gpu notebook tensorboard clean
+.PHONY: help demo test test-slow full-size lint format cuda cuda-check gpu bench-cpu notebook tensorboard clean
 
 help:  ## what there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -59,6 +62,20 @@ gpu:  ## on a machine with a GPU (its own python3, torch and pytest): build, tes
 	done; \
 	timeout -k 10 1200 python3 -m pytest -q -m gpu tests/gpu/test_compute_sanitizer.py || code=1; \
 	exit $$code
+
+# One by one: a peer that does not install is left out. Its environment sees ours through the .pth file.
+$(PEERS)/.ready: requirements-peers.txt $(VENV)/.ready
+	$(PYTHON) -m venv $(PEERS)
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	    > $$($(PEERS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/headroom.pth
+	for peer in $$(grep -o '^[^# ]*' $<); do \
+	    CMAKE_ARGS="-DGGML_NATIVE=ON -DCMAKE_C_FLAGS='$(NO_AMX)' -DCMAKE_CXX_FLAGS='$(NO_AMX)'" \
+	        $(PEERS)/bin/pip install --quiet $$peer || echo "$$peer was not installed; its row will say so"; \
+	done
+	@touch $@
+
+bench-cpu: $(PEERS)/.ready  ## our INT8 beside llama.cpp, CTranslate2, ONNX Runtime, ...; ARGS=--quick to try it
+	$(BIN)/python -m benchmarks.cpu $(ARGS)
 
 notebook: $(VENV)/.ready  ## run project.ipynb from top to bottom and keep its outputs
 	$(BIN)/python -m benchmarks.notebook project.ipynb

@@ -22,10 +22,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config
 
 from benchmarks import kernel_table
+from benchmarks.checkpoints import write_checkpoints
 from benchmarks.isolated import Outcome, run
 from benchmarks.roofline import bytes_per_token, prefill_operations
 from benchmarks.subjects import EAGER, PEER, PEER_PLAIN, Case, kinds
@@ -33,7 +33,7 @@ from eval.latency import ratio, timing
 from eval.results import Timing, save_json
 from pipeline import hardware
 from pipeline.artifacts import git_commit, versions
-from pipeline.model import CompactGPT2Config, from_gpt2, slice_heads
+from pipeline.model import CompactGPT2Config
 
 CONTEXT, TOKENS = 512, 64
 # A burst's contexts average CONTEXT.
@@ -42,17 +42,6 @@ PREFILLS = [Case("prefill", batch, length, 0) for batch, length in ((1, 512), (1
 _START_SECONDS = 60
 _LEAST_SECONDS = 30
 _LATER_SECONDS = 45
-
-
-def write_checkpoints(shape: GPT2Config, folder: Path) -> CompactGPT2Config:
-    """`folder/dense` as Hugging Face's, `folder/pruned` as ours without the first and last head of each layer; FP16."""
-    torch.manual_seed(0)
-    dense = GPT2LMHeadModel(shape).half()
-    kept = [list(range(1, shape.n_head - 1))] * shape.n_layer
-    pruned = slice_heads(from_gpt2(dense), kept)
-    dense.save_pretrained(folder / "dense")
-    pruned.save_pretrained(folder / "pruned")
-    return pruned.config
 
 
 class Benchmark:

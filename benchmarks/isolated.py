@@ -1,19 +1,73 @@
-"""Run a child process that says what it is about to do, so that a crash or a hang costs that step alone.
-
-The child writes one JSON object a line on stdout. `{"start": name, "seconds": limit}` begins a step, which
-ends with the next line; any other object is something to keep.
-"""
+"""Child processes that talk in JSON lines, so that a crash or a hang costs one step alone."""
 
 import contextlib
 import json
 import queue
 import subprocess
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 _TAIL = 2000
+
+
+class Child:
+    """A process that takes and gives one JSON object a line; what else it prints on stdout is passed over."""
+
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str] | None = None):
+        """`environment` replaces this process's own. stderr passes through a pipe, its end is kept."""
+        self.process = subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            encoding="utf-8",
+            errors="replace",
+        )
+        self._lines: queue.Queue[str | None] = queue.Queue()
+        self._errors: list[str] = []
+        self._readers = [
+            threading.Thread(target=_forward, args=(self.process.stdout, self._lines), daemon=True),
+            threading.Thread(target=_keep_tail, args=(self.process.stderr, self._errors), daemon=True),
+        ]
+        for reader in self._readers:
+            reader.start()
+
+    def send(self, said: Mapping[str, Any]) -> None:
+        """Raises `OSError` where the child has ended."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(said) + "\n")
+        self.process.stdin.flush()
+
+    def receive(self, seconds: float) -> dict[str, Any] | None:
+        """The next object, `None` at the end. Raises `TimeoutError` where neither comes within `seconds`."""
+        end = time.monotonic() + seconds
+        while True:
+            try:
+                line = self._lines.get(timeout=max(0.0, end - time.monotonic()))
+            except queue.Empty:
+                raise TimeoutError(f"no answer within {max(seconds, 0):.0f} s") from None
+            if line is None:
+                return None
+            said = _object(line)
+            if said is not None:
+                return said
+
+    def failure(self) -> str | None:
+        """Waits for the end; says why, unless the exit code is 0."""
+        code = self.process.wait(timeout=30)
+        self._readers[1].join(5)
+        return f"exit code {code}: {_last_line(self._errors)}" if code else None
+
+    def kill(self) -> None:
+        """No harm where it has ended."""
+        if self.process.poll() is None:
+            self.process.kill()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(timeout=30)
 
 
 @dataclass
@@ -28,57 +82,29 @@ class Outcome:
 def run(command: Sequence[str], *, first_seconds: float, total_seconds: float) -> Outcome:
     """Start `command` and listen until it ends, takes longer in a step than it announced, or longer in all.
 
-    `first_seconds` is the limit until its first line. stderr passes through a pipe; its end is the reason of a failure.
+    `first_seconds` is the limit until its first object. `{"start": name, "seconds": limit}` begins a step, which
+    ends with the next object; any other object is something to keep.
     """
-    import time
-
-    child = subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        encoding="utf-8",
-        errors="replace",
-    )
-    lines: queue.Queue[str | None] = queue.Queue()
-    errors: list[str] = []
-    readers = [
-        threading.Thread(target=_forward, args=(child.stdout, lines), daemon=True),
-        threading.Thread(target=_keep_tail, args=(child.stderr, errors), daemon=True),
-    ]
-    for reader in readers:
-        reader.start()
+    child = Child(command)
+    assert child.process.stdin is not None
+    child.process.stdin.close()
     outcome, step, limit = Outcome(), "start", first_seconds
     end = time.monotonic() + total_seconds
     try:
-        while True:
-            left = end - time.monotonic()
-            try:
-                line = lines.get(timeout=max(0.0, min(limit, left)))
-            except queue.Empty:
-                outcome.failed_in = step
-                outcome.reason = f"no answer within {min(limit, max(left, 0)):.0f} s"
-                return outcome
-            if line is None:
-                break
-            said = _object(line)
-            if said is None:
-                continue
+        while (said := child.receive(min(limit, end - time.monotonic()))) is not None:
             if "start" in said:
                 step, limit = said["start"], said["seconds"]
             else:
                 outcome.said.append(said)
                 limit = total_seconds
-        code = child.wait(timeout=30)
-        readers[1].join(5)
-        if code != 0:
-            outcome.failed_in, outcome.reason = step, f"exit code {code}: {_last_line(errors)}"
-        return outcome
+        reason = child.failure()
+        if reason is not None:
+            outcome.failed_in, outcome.reason = step, reason
+    except TimeoutError as error:
+        outcome.failed_in, outcome.reason = step, str(error)
     finally:
-        if child.poll() is None:
-            child.kill()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                child.wait(timeout=30)
+        child.kill()
+    return outcome
 
 
 def _forward(stream: Any, lines: "queue.Queue[str | None]") -> None:

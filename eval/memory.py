@@ -31,17 +31,19 @@ def exercise(load: Callable[[], Engine], prompt: torch.Tensor, new_tokens: int) 
     return snapshot(baseline_rss, engine.device)
 
 
-def snapshot(baseline_rss: int, device: str) -> Memory:
-    """This process's memory now, and its peaks so far, in bytes. `device` is the engine's, as in `cuda:0`.
+def snapshot(baseline_rss: int, device: str, pid: int | None = None) -> Memory:
+    """Memory of this process, or on a CPU of process `pid`, now, and its peaks so far, in bytes.
+
+    `device` is the engine's, as in `cuda:0`.
 
     `rss` counts pages shared with other processes, `uss` leaves them out, `pss` takes its share of them.
     `gpu_allocator_peak` is what torch handed out; only `gpu_process` has the CUDA context
     and what an extension allocated by itself.
     """
-    full = psutil.Process().memory_full_info()
+    full = psutil.Process(pid).memory_full_info()
     on_gpu = device.startswith("cuda")
     return Memory(
-        peak_rss=max(_peak_rss(), full.rss),
+        peak_rss=max(_peak_rss(pid), full.rss),
         rss=full.rss,
         uss=full.uss,
         pss=getattr(full, "pss", None),
@@ -51,13 +53,15 @@ def snapshot(baseline_rss: int, device: str) -> Memory:
     )
 
 
-def _peak_rss() -> int:
-    status = Path("/proc/self/status")
+def _peak_rss(pid: int | None) -> int:
+    status = Path(f"/proc/{pid or 'self'}/status")
     if status.exists():
         # Not getrusage: its maximum is inherited from the parent through fork and exec.
         for line in status.read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
+    if pid is not None:
+        return 0
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -12,6 +12,7 @@ import torch
 from transformers import GPT2Config
 
 from benchmarks import gpu, gpu_case, isolated, subjects
+from benchmarks.checkpoints import write_checkpoints
 from benchmarks.subjects import EAGER, STOCK, Case, Check, EagerSubject, Kind, kinds
 from benchmarks.timing import in_turns
 from eval.errors import WorkError
@@ -24,7 +25,7 @@ CASE = Case("decode", 2, 9, 8)
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, CompactGPT2Config]:
     folder = tmp_path_factory.mktemp("checkpoints")
     shape = GPT2Config(vocab_size=97, n_positions=48, n_embd=128, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0)
-    return folder, gpu.write_checkpoints(shape, folder)
+    return folder, write_checkpoints(shape, folder)
 
 
 class Wrong(EagerSubject):

@@ -75,6 +75,16 @@ def test_snapshot_of_this_process() -> None:
         assert memory.pss is not None and memory.uss <= memory.pss <= memory.rss
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak of another process is read from /proc")
+def test_snapshot_of_another_process() -> None:
+    body = "held = b'x' * (90 << 20); held = b'x' * (30 << 20); print(flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", body], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None and child.stdout.readline()
+        memory = snapshot(0, "cpu", child.pid)
+        child.kill()
+    assert 30 * MIB < memory.uss < 90 * MIB < memory.peak_rss < 250 * MIB
+
+
 def test_exercise_reads_and_writes(engine) -> None:
     prompt = torch.arange(14).reshape(2, 7)
     memory = exercise(lambda: engine, prompt, 4)
