@@ -263,6 +263,31 @@ def report(run_folder: Annotated[Path, typer.Argument(help="A run folder with re
 
 
 @app.command()
+def export(
+    run_folder: Annotated[Path, typer.Argument(help="The folder of a finished run.")],
+    to: Annotated[Path, typer.Option(help="The folder to write, in Hub format.")],
+    precision: Annotated[str, typer.Option(help="fp16 or fp32: what the weights are stored in.")] = "fp16",
+    licence: Annotated[
+        str | None, typer.Option(help="The weights' licence by its Hub name, where their source does not tell.")
+    ] = None,
+    push: Annotated[str | None, typer.Option(metavar="OWNER/NAME", help="Upload it to this Hub repository.")] = None,
+    public: Annotated[bool, typer.Option("--public", help="Let all see a repository that --push makes.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an earlier export.")] = False,
+) -> Path:
+    """Write a run's model with its code, INT8 IR and model card, for use without Headroom; or publish it."""
+    from pipeline.export import check_repo, upload
+    from pipeline.export import export as write
+
+    if push is not None:
+        check_repo(push)
+    folder = write(run_folder, to, precision=precision, licence=licence, repo=push, force=force)
+    print(f"Export: {folder}")
+    if push is not None:
+        print(f"Uploaded: {upload(folder, push, public=public)}")
+    return folder
+
+
+@app.command()
 def pretrain(
     text: Annotated[Path, typer.Option(help="Training text (.txt or .txt.xz); more files may follow.")],
     more: Annotated[list[Path] | None, typer.Argument(metavar="[FILE]...", help="More training text.")] = None,
