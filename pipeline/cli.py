@@ -109,6 +109,34 @@ def quantize(out: Out = Path("runs/demo"), recipe: RecipeName = None, set: Set =
 
 
 @app.command()
+def sweep(
+    grid: Annotated[list[str], typer.Option(help="A recipe key and its values, as in prune.ratio=0.1,0.2,0.4.")],
+    recipe: Annotated[str, typer.Option(help="A preset (demo, gpt2) or a .yaml file.")] = "demo",
+    out: Annotated[Path, typer.Option(help="The sweep's folder; what is there is not done again.")] = Path(
+        "runs/sweep"
+    ),
+    set: Set = None,
+    launcher: Annotated[
+        str, typer.Option(help="Who makes the stages: local, or ray (RAY_ADDRESS names a cluster).")
+    ] = "local",
+    workers: Annotated[int, typer.Option(min=1, help="Points made at a time; measuring is one by one.")] = 1,
+    as_json: Json = False,
+) -> Any:
+    """All combinations of the grids: stages shared, results in one table and figure. Interrupted, it resumes."""
+    from pipeline.sweep import expand, plain, report
+    from pipeline.sweep import sweep as work
+
+    outcomes = work(expand(recipe, grid, set or []), out, launcher=launcher, workers=workers)
+    print(json.dumps(list(plain(outcomes))) if as_json else f"{report(outcomes)}\n\nTable and figure: {out}/sweep.*")
+    failed = [outcome for outcome in outcomes if outcome.failure]
+    if failed:
+        raise WorkError(
+            f"{len(failed)} of {len(outcomes)} points, as the table says; the same command tries them again"
+        )
+    return outcomes
+
+
+@app.command()
 def evaluate(
     model: ModelDir,
     engine: EngineName = None,
