@@ -35,6 +35,10 @@ Device = Annotated[
 ]
 Precision = Annotated[str | None, typer.Option(help="fp32, fp16, bf16 or int8; by default what the folder holds.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else on stdout.")]
+Track = Annotated[
+    str,
+    typer.Option(help="Log trainings and the table: tensorboard (OUT/tracking), mlflow (MLFLOW_TRACKING_URI), none."),
+]
 Force = Annotated[bool, typer.Option(help="Make the stage again although it is up to date.")]
 
 
@@ -55,12 +59,13 @@ def run(
         str | None, typer.Option(help="Stop after this stage; it and those before it are measured.")
     ] = None,
     force: Annotated[list[str] | None, typer.Option(help="Make this stage again although it is up to date.")] = None,
+    track: Track = "none",
     as_json: Json = False,
 ) -> Any:
     """The whole chain: every stage, every measurement, the table and the report. Interrupted, it resumes."""
     from pipeline.runner import RESULTS, Runner
 
-    results = Runner(_recipe(recipe, set, out), out).execute(until=until, force=force or [])
+    results = Runner(_recipe(recipe, set, out), out, track=track).execute(until=until, force=force or [])
     if as_json:
         print((out / RESULTS).read_text(encoding="utf-8"))
     else:
@@ -69,10 +74,12 @@ def run(
     return results
 
 
-def _stage(name: str, out: Path, recipe: str | None, changes: list[str] | None, force: bool) -> Any:
+def _stage(
+    name: str, out: Path, recipe: str | None, changes: list[str] | None, force: bool, track: str = "none"
+) -> Any:
     from pipeline.runner import Runner
 
-    results = Runner(_recipe(recipe, changes, out), out).stage(name, force=force)
+    results = Runner(_recipe(recipe, changes, out), out, track=track).stage(name, force=force)
     if results.rows:
         _print_table(results)
     return results
@@ -97,9 +104,15 @@ def prune(out: Out = Path("runs/demo"), recipe: RecipeName = None, set: Set = No
 
 
 @app.command()
-def finetune(out: Out = Path("runs/demo"), recipe: RecipeName = None, set: Set = None, force: Force = False) -> Any:
+def finetune(
+    out: Out = Path("runs/demo"),
+    recipe: RecipeName = None,
+    set: Set = None,
+    force: Force = False,
+    track: Track = "none",
+) -> Any:
     """Stage 4: recover what pruning cost. Also under torchrun and accelerate launch."""
-    return _stage("finetune", out, recipe, set, force)
+    return _stage("finetune", out, recipe, set, force, track)
 
 
 @app.command()

@@ -16,13 +16,6 @@ from eval.errors import UserError, WorkError
 from pipeline import hardware
 
 LOG = "log.txt"
-# Imported once, not for each point. What is not installed here is left out.
-_WARM = [
-    "pipeline.runner",
-    "neural_compressor.torch.quantization",
-    "optimum.exporters.openvino.convert",
-    "plots",
-]
 
 
 @dataclass(frozen=True)
@@ -95,7 +88,7 @@ class Local:
 
     def __init__(self) -> None:
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(_WARM)
+        self.context.set_forkserver_preload(["pipeline.warm"])
         self.running: set[Any] = set()
         self.stopped = False
 

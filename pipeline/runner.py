@@ -21,6 +21,7 @@ from pipeline.report import write_report
 from pipeline.stages import BY_NAME, STAGES, Job, Stage
 from pipeline.store import Store
 from pipeline.texts import load_text, refuse_overlap
+from pipeline.tracking import Tracking
 from pipeline.training import is_main_process, world_size
 
 RESULTS = "results.json"
@@ -30,11 +31,15 @@ RECIPE = "recipe.yaml"
 class Runner:
     """One run folder and the recipe it follows."""
 
-    def __init__(self, recipe: Recipe, out: Path, store: Path | None = None):
-        """`store` is a folder of stages that other runs may have made, and may go on with."""
+    def __init__(self, recipe: Recipe, out: Path, store: Path | None = None, *, track: str = "none"):
+        """`store` is a folder of stages that other runs may have made, and may go on with.
+
+        `track` says where trainings and table are logged beside `out`: tensorboard, mlflow or none.
+        """
         self.recipe = recipe
         self.run = RunFolder(out)
         self.store = Store(store) if store else None
+        self.tracking = Tracking(track, out / "tracking")
         self.device = hardware.default_device()
         self._digests: dict[str, str] = {}
 
@@ -49,6 +54,7 @@ class Runner:
             results = self._results([stage.name for stage in wanted], latency=True)
             save_results(results, self.run.path / RESULTS)
             write_report(self.run.path)
+            self.tracking.called(f"{self.recipe.name}-stages").table(results, self.run.path / RESULTS)
         return results
 
     def build(self) -> None:
@@ -212,7 +218,9 @@ class Runner:
 
     def _job(self, stage: Stage, folder: Path) -> Job:
         source = self.run.stage(stage.after) if stage.after else None
-        return Job(self.recipe, folder, source, self.device, teacher=self.run.stage("half"))
+        # A training that goes on has the same name, one by other choices another.
+        tracking = self.tracking.called(f"{self.recipe.name}-{stage.name}-{self.fingerprint(stage)[:8]}")
+        return Job(self.recipe, folder, source, self.device, teacher=self.run.stage("half"), tracking=tracking)
 
     def _stage_with_others(self, stage: Stage) -> None:
         """Fine-tune under `torchrun` or `accelerate launch`: the first process keeps the folder."""

@@ -20,7 +20,7 @@ from pipeline.artifacts import RunFolder, disk_errors, fingerprint
 from pipeline.launchers import Launcher, Local, Ray, Task
 from pipeline.recipe import Recipe, load_recipe
 from pipeline.runner import RESULTS
-from pipeline.stages import BY_NAME, STAGES
+from pipeline.stages import BY_NAME
 from pipeline.store import link
 
 
@@ -63,17 +63,28 @@ def expand(recipe: str, grids: Sequence[str], changes: Sequence[str] = ()) -> li
             values = []
         if not key or not values or None in values:
             raise UserError(f"--grid {grid}: give KEY=VALUE,VALUE as in prune.ratio=0.1,0.2,0.4")
-        if key in axes or len({json.dumps(value) for value in values}) < len(values):
-            raise UserError(f"--grid {grid}: the {'key' if key in axes else 'same value'} is given twice")
+        if key in axes:
+            raise UserError(f"--grid {grid}: the key is given twice")
         axes[key] = values
     if not axes:
         raise UserError("--grid is missing: give KEY=VALUE,VALUE as in prune.ratio=0.1,0.2,0.4")
     points = []
     for values in itertools.product(*axes.values()):
-        choices = dict(zip(axes, values, strict=True))
-        overrides = [f"{key}={json.dumps(value)}" for key, value in choices.items()]
-        points.append(Point(choices, load_recipe(Recipe, recipe, [*changes, *overrides])))
+        overrides = [f"{key}={json.dumps(value)}" for key, value in zip(axes, values, strict=True)]
+        chosen = load_recipe(Recipe, recipe, [*changes, *overrides])
+        points.append(Point({key: _value(chosen, key) for key in axes}, chosen))
+    for name, count in Counter(point.name for point in points).items():
+        if count > 1:
+            raise UserError(f"--grid: {name} is given twice; give each value once")
     return points
+
+
+def _value(recipe: Recipe, key: str) -> Any:
+    """What the recipe makes of a value: 0.001 of 1e-3, which YAML takes for a word."""
+    value: Any = recipe.model_dump(mode="json")
+    for part in key.split("."):
+        value = value[part]
+    return value
 
 
 def sweep(points: Sequence[Point], out: Path, *, launcher: str = "local", workers: int = 1) -> list[Outcome]:
@@ -113,12 +124,11 @@ def _folder(out: Path, point: Point) -> Path:
 
 
 def _leaders_first(outcomes: Sequence[Outcome]) -> list[Outcome]:
-    """First one point of each set that shares all but its last stage, then the others, which find most work done."""
+    """First one point of each set that shares all but the last stage, then the others, which find most work done."""
     seen: Counter[str] = Counter()
     order = []
     for outcome in outcomes:
-        recipe = outcome.point.recipe
-        shared = fingerprint([[stage.config(recipe), stage.reads(recipe)] for stage in STAGES[:-1]])
+        shared = outcome.point.recipe.model_dump_json(exclude={"quantize", "measure"})
         order.append((seen[shared], outcome))
         seen[shared] += 1
     return [outcome for _, outcome in sorted(order, key=lambda each: each[0])]
