@@ -71,7 +71,7 @@ class Tracking:
 
 def _numbers(results: Results) -> dict[str, float]:
     """`perplexity/ROW` and the like -> value, for all that was measured."""
-    found = {}
+    found: dict[str, float] = {}
     for row in results.rows:
         facts = {"size_mb": row.bytes_on_disk / 1e6 if row.bytes_on_disk else None}
         if row.quality:

@@ -142,7 +142,7 @@ def test_a_point_that_fails(swept: tuple[Path, list[Outcome]], brief: str, tmp_p
     out = Path(shutil.copytree(swept[0], tmp_path / "out"))
     command = ("sweep", "--recipe", brief, "--grid", "finetune.learning_rate=1e30,1e-3", "--out", out)
     code, printed, err = cli(*command)
-    assert code == 1 and err.splitlines()[-1].startswith("failed: 1 of 2 points; the table says why")
+    assert code == 1 and err.splitlines()[-1].startswith("failed: 1 of 2 points, as the table says")
     reason = "lower the learning rate and run again"
     assert "failed: finetune: " in printed and reason in printed and reason in (out / "sweep.md").read_text()
     # The other one was there, and nothing of it was done again.
@@ -185,7 +185,20 @@ def test_killed_it_goes_on(swept: tuple[Path, list[Outcome]], brief: str, tmp_pa
     point = out / "points" / whole.path.name
     shutil.rmtree(point)
     shutil.rmtree(out / "stages" / f"finetune-{whole.verify('finetune').fingerprint}")
-    command = [sys.executable, "-m", "pipeline", "sweep", "--recipe", brief, "--grid", *GRID, "--out", out]
+    command = [
+        sys.executable,
+        "-m",
+        "pipeline",
+        "sweep",
+        "--recipe",
+        brief,
+        "--grid",
+        *GRID,
+        "--workers",
+        "2",
+        "--out",
+        out,
+    ]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     while not next(point.glob(".finetune-*.partial/checkpoints/checkpoint-2/trainer_state.json"), None):
         assert process.poll() is None
@@ -221,5 +234,5 @@ def test_launchers_by_name(brief: str, tmp_path: Path, cli: Callable, monkeypatc
     command = ("sweep", "--recipe", brief, "--grid", "prune.ratio=0.2", "--out", tmp_path / "out", "--launcher")
     assert cli(*command, "slurm") == (2, "", "error: --launcher slurm: give local or ray\n")
     monkeypatch.setitem(sys.modules, "ray", None)
-    said = "error: --launcher ray: Ray is not installed; pip install ray, or leave --launcher out\n"
+    said = "error: --launcher ray: Ray is not installed; pip install ray, or give --launcher local\n"
     assert cli(*command, "ray") == (2, "", said)
