@@ -126,9 +126,7 @@ def disk_errors(where: Path) -> Iterator[None]:
             ) from error
         if code in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR):
             name = Path(getattr(error, "filename", None) or where)
-            advice = (
-                "give an --out folder that you may write to" if name.is_relative_to(where) else "give a readable one"
-            )
+            advice = "give a folder that you may write to" if name.is_relative_to(where) else "give a readable one"
             raise UserError(f"{name}: {os.strerror(code)}; {advice}") from error
         raise
 
@@ -236,12 +234,13 @@ class RunFolder:
                 git_commit=git_commit(),
             )
             (folder / MANIFEST).write_text(json.dumps(asdict(manifest), indent=1), encoding="utf-8")
-            _sync(folder)
+            sync(folder)
             replace_folder(folder, self.stage(name))
         return manifest
 
 
-def _sync(folder: Path) -> None:
+def sync(folder: Path) -> None:
+    """Force a folder and all below it onto the disk."""
     for path in [*folder.rglob("*"), folder]:
         handle = os.open(path, os.O_RDONLY)
         try:

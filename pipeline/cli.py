@@ -36,6 +36,10 @@ Device = Annotated[
 ]
 Precision = Annotated[str | None, typer.Option(help="fp32, fp16, bf16 or int8; by default what the folder holds.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else on stdout.")]
+Track = Annotated[
+    str,
+    typer.Option(help="Log trainings and the table: tensorboard (OUT/tracking), mlflow (MLFLOW_TRACKING_URI), none."),
+]
 Force = Annotated[bool, typer.Option(help="Make the stage again although it is up to date.")]
 
 
@@ -56,12 +60,13 @@ def run(
         str | None, typer.Option(help="Stop after this stage; it and those before it are measured.")
     ] = None,
     force: Annotated[list[str] | None, typer.Option(help="Make this stage again although it is up to date.")] = None,
+    track: Track = "none",
     as_json: Json = False,
 ) -> Any:
     """The whole chain: every stage, every measurement, the table and the report. Interrupted, it resumes."""
     from pipeline.runner import RESULTS, Runner
 
-    results = Runner(_recipe(recipe, set, out), out).execute(until=until, force=force or [])
+    results = Runner(_recipe(recipe, set, out), out, track=track).execute(until=until, force=force or [])
     if as_json:
         print((out / RESULTS).read_text(encoding="utf-8"))
     else:
@@ -70,10 +75,12 @@ def run(
     return results
 
 
-def _stage(name: str, out: Path, recipe: str | None, changes: list[str] | None, force: bool) -> Any:
+def _stage(
+    name: str, out: Path, recipe: str | None, changes: list[str] | None, force: bool, track: str = "none"
+) -> Any:
     from pipeline.runner import Runner
 
-    results = Runner(_recipe(recipe, changes, out), out).stage(name, force=force)
+    results = Runner(_recipe(recipe, changes, out), out, track=track).stage(name, force=force)
     if results.rows:
         _print_table(results)
     return results
@@ -98,15 +105,49 @@ def prune(out: Out = Path("runs/demo"), recipe: RecipeName = None, set: Set = No
 
 
 @app.command()
-def finetune(out: Out = Path("runs/demo"), recipe: RecipeName = None, set: Set = None, force: Force = False) -> Any:
+def finetune(
+    out: Out = Path("runs/demo"),
+    recipe: RecipeName = None,
+    set: Set = None,
+    force: Force = False,
+    track: Track = "none",
+) -> Any:
     """Stage 4: recover what pruning cost. Also under torchrun and accelerate launch."""
-    return _stage("finetune", out, recipe, set, force)
+    return _stage("finetune", out, recipe, set, force, track)
 
 
 @app.command()
 def quantize(out: Out = Path("runs/demo"), recipe: RecipeName = None, set: Set = None, force: Force = False) -> Any:
     """Stage 5: INT8 weights, exported to OpenVINO for the CPU, with FP32 and FP16 beside it."""
     return _stage("quantize", out, recipe, set, force)
+
+
+@app.command()
+def sweep(
+    grid: Annotated[list[str], typer.Option(help="A recipe key and its values, as in prune.ratio=0.1,0.2,0.4.")],
+    recipe: Annotated[str, typer.Option(help="A preset (demo, gpt2) or a .yaml file.")] = "demo",
+    out: Annotated[Path, typer.Option(help="The sweep's folder; what is there is not done again.")] = Path(
+        "runs/sweep"
+    ),
+    set: Set = None,
+    launcher: Annotated[
+        str, typer.Option(help="Who makes the stages: local, or ray (RAY_ADDRESS names a cluster).")
+    ] = "local",
+    workers: Annotated[int, typer.Option(min=1, help="Points made at a time; measuring is one by one.")] = 1,
+    as_json: Json = False,
+) -> Any:
+    """All combinations of the grids: stages shared, results in one table and figure. Interrupted, it resumes."""
+    from pipeline.sweep import expand, plain, report
+    from pipeline.sweep import sweep as work
+
+    outcomes = work(expand(recipe, grid, set or []), out, launcher=launcher, workers=workers)
+    print(json.dumps(list(plain(outcomes))) if as_json else f"{report(outcomes)}\n\nTable and figure: {out}/sweep.*")
+    failed = [outcome for outcome in outcomes if outcome.failure]
+    if failed:
+        raise WorkError(
+            f"{len(failed)} of {len(outcomes)} points, as the table says; the same command tries them again"
+        )
+    return outcomes
 
 
 @app.command()
@@ -303,6 +344,31 @@ def report(run_folder: Annotated[Path, typer.Argument(help="A run folder with re
     _print_table(results)
     print(f"\nReport: {path}")
     return path
+
+
+@app.command()
+def export(
+    run_folder: Annotated[Path, typer.Argument(help="The folder of a finished run.")],
+    to: Annotated[Path, typer.Option(help="The folder to write, in Hub format.")],
+    precision: Annotated[str, typer.Option(help="fp16 or fp32: what the weights are stored in.")] = "fp16",
+    licence: Annotated[
+        str | None, typer.Option(help="The weights' licence by its Hub name, where their source does not tell.")
+    ] = None,
+    push: Annotated[str | None, typer.Option(metavar="OWNER/NAME", help="Upload it to this Hub repository.")] = None,
+    public: Annotated[bool, typer.Option("--public", help="Let all see a repository that --push makes.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an earlier export.")] = False,
+) -> Path:
+    """Write a run's model with its code, INT8 IR and model card, for use without Headroom; or publish it."""
+    from pipeline.export import check_repo, upload
+    from pipeline.export import export as write
+
+    if push is not None:
+        check_repo(push)
+    folder = write(run_folder, to, precision=precision, licence=licence, repo=push, force=force)
+    print(f"Export: {folder}")
+    if push is not None:
+        print(f"Uploaded: {upload(folder, push, public=public)}")
+    return folder
 
 
 @app.command()

@@ -11,7 +11,7 @@ from plots.rows import by_kind, count, measured
 from plots.table import COLUMNS, MARKS, legend, lines, markdown, markdown_table, note
 from plots.table import text_table as table
 
-__all__ = ["markdown_table", "table", "write_report"]
+__all__ = ["markdown_table", "table", "templates", "write_report"]
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _CAPTIONS = {
@@ -39,12 +39,21 @@ def write_report(run_folder: Path) -> Path:
     The same results give the same bytes.
     Raises `UserError` where results.json is missing, damaged or of another schema.
     """
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
-
     from plots import draw_all
 
     results = load_results(run_folder / "results.json")
     drawn = draw_all(results, run_folder / "plots")
+    environment = templates()
+    facts = _facts(results, {path.stem: path for path in drawn if path.suffix == ".svg"})
+    for name in ("report.md", "report.html"):
+        save_text(environment.get_template(f"{name}.j2").render(facts), run_folder / name)
+    return run_folder / "report.html"
+
+
+def templates() -> Any:
+    """The Jinja environment of `templates/`, with the filters `markdown` and `fence`."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
+
     environment = Environment(
         loader=FileSystemLoader(_TEMPLATES),
         autoescape=select_autoescape(enabled_extensions=("html.j2",), default=False),
@@ -55,10 +64,7 @@ def write_report(run_folder: Path) -> Path:
     )
     environment.filters["markdown"] = markdown
     environment.filters["fence"] = fence
-    facts = _facts(results, {path.stem: path for path in drawn if path.suffix == ".svg"})
-    for name in ("report.md", "report.html"):
-        save_text(environment.get_template(f"{name}.j2").render(facts), run_folder / name)
-    return run_folder / "report.html"
+    return environment
 
 
 def _facts(results: Results, drawings: dict[str, Path]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Order the stages, skip what is up to date, resume what was cut off, measure, report."""
 
+import contextlib
 import shlex
 import sys
 from collections.abc import Sequence
@@ -18,7 +19,9 @@ from pipeline.model import CompactGPT2Config
 from pipeline.recipe import Recipe
 from pipeline.report import write_report
 from pipeline.stages import BY_NAME, STAGES, Job, Stage
+from pipeline.store import Store
 from pipeline.texts import load_text, refuse_overlap
+from pipeline.tracking import Tracking
 from pipeline.training import is_main_process, world_size
 
 RESULTS = "results.json"
@@ -28,9 +31,15 @@ RECIPE = "recipe.yaml"
 class Runner:
     """One run folder and the recipe it follows."""
 
-    def __init__(self, recipe: Recipe, out: Path):
+    def __init__(self, recipe: Recipe, out: Path, store: Path | None = None, *, track: str = "none"):
+        """`store` is a folder of stages that other runs may have made, and may go on with.
+
+        `track` says where trainings and table are logged beside `out`: tensorboard, mlflow or none.
+        """
         self.recipe = recipe
         self.run = RunFolder(out)
+        self.store = Store(store) if store else None
+        self.tracking = Tracking(track, out / "tracking")
         self.device = hardware.default_device()
         self._digests: dict[str, str] = {}
 
@@ -41,18 +50,27 @@ class Runner:
             if name not in BY_NAME:
                 raise UserError(f"--force {name}: no such stage; give one of {', '.join(BY_NAME)}")
         with self.run.locked(), disk_errors(self.run.path):
-            self._check_texts(wanted)
-            load_tasks(self.recipe.measure.tasks)
-            self._keep_recipe()
-            for stage in wanted:
-                self._bring_up_to_date(stage, stage.name in force)
-                if stage.name == "load":
-                    config = CompactGPT2Config.from_pretrained(self.run.stage("load") / "model")
-                    check_lengths(self.recipe.measure, config.n_positions)
+            self._make(wanted, force)
             results = self._results([stage.name for stage in wanted], latency=True)
             save_results(results, self.run.path / RESULTS)
             write_report(self.run.path)
+            self.tracking.called(f"{self.recipe.name}-stages").table(results, self.run.path / RESULTS)
         return results
+
+    def build(self) -> None:
+        """Make all stages and measure nothing."""
+        with self.run.locked(), disk_errors(self.run.path):
+            self._make(self._plan(None), ())
+
+    def _make(self, wanted: Sequence[Stage], force: Sequence[str]) -> None:
+        self._check_texts(wanted)
+        load_tasks(self.recipe.measure.tasks)
+        self._keep_recipe()
+        for stage in wanted:
+            self._bring_up_to_date(stage, stage.name in force)
+            if stage.name == "load":
+                config = CompactGPT2Config.from_pretrained(self.run.stage("load") / "model")
+                check_lengths(self.recipe.measure, config.n_positions)
 
     def stage(self, name: str, *, force: bool = False) -> Results:
         """Make one stage from the stages before it, which must be there; then measure its quality."""
@@ -174,10 +192,20 @@ class Runner:
 
     def _bring_up_to_date(self, stage: Stage, force: bool) -> None:
         mark = self.fingerprint(stage)
+        with self.store.claimed(stage.name, mark) if self.store else contextlib.nullcontext():
+            self._obtain(stage, mark, force)
+            if self.store:
+                self.store.keep(stage.name, mark, self.run)
+
+    def _obtain(self, stage: Stage, mark: str, force: bool) -> None:
+        """The stage as it is, or from the store, or made."""
         manifest = None if force else self.run.manifest(stage.name)
         if manifest is not None and manifest.fingerprint == mark:
             self.run.verify(stage.name)
             print(f"{stage.name}: up to date", file=sys.stderr)
+            return
+        if self.store and not force and self.store.take(stage.name, mark, self.run):
+            print(f"{stage.name}: shared", file=sys.stderr)
             return
         print(f"{stage.name}: at work", file=sys.stderr)
         made = self.run.publish(
@@ -194,7 +222,9 @@ class Runner:
 
     def _job(self, stage: Stage, folder: Path) -> Job:
         source = self.run.stage(stage.after) if stage.after else None
-        return Job(self.recipe, folder, source, self.device, teacher=self.run.stage("half"))
+        # A training that goes on has the same name, one by other choices another.
+        tracking = self.tracking.called(f"{self.recipe.name}-{stage.name}-{self.fingerprint(stage)[:8]}")
+        return Job(self.recipe, folder, source, self.device, teacher=self.run.stage("half"), tracking=tracking)
 
     def _stage_with_others(self, stage: Stage) -> None:
         """Fine-tune under `torchrun` or `accelerate launch`: the first process keeps the folder."""

@@ -39,7 +39,7 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def arguments(folder: Path, device: str, seed: int, **choices: Any) -> TrainingArguments:
+def arguments(folder: Path, device: str, seed: int, *, report_to: str = "none", **choices: Any) -> TrainingArguments:
     """`TrainingArguments` with what every training here wants; `choices` adds the rest.
 
     Master weights stay FP32; autocast is bf16 or fp16 where the device computes it natively.
@@ -59,7 +59,7 @@ def arguments(folder: Path, device: str, seed: int, **choices: Any) -> TrainingA
         save_total_limit=2,
         seed=seed,
         data_seed=seed,
-        report_to="none",
+        report_to=report_to,
         remove_unused_columns=False,
         **choices,
     )
@@ -189,8 +189,12 @@ def train(
     seed: int,
     device: str,
     teacher: CompactGPT2LMHeadModel | None = None,
+    report_to: str = "none",
 ) -> list[dict[str, float]]:
-    """Fine-tune `model` in place; checkpoints go to `folder`. Returns the learning curve of `run`."""
+    """Fine-tune `model` in place; checkpoints go to `folder`, logs to the integration `report_to`.
+
+    Returns the learning curve of `run`.
+    """
     set_seed(seed)
     steps = choices.steps or -1
     share = world_size() * choices.batch_size * choices.accumulation
@@ -199,6 +203,7 @@ def train(
         folder,
         device,
         seed,
+        report_to=report_to,
         max_steps=steps,
         num_train_epochs=choices.epochs,
         per_device_train_batch_size=choices.batch_size,

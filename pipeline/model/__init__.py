@@ -1,5 +1,7 @@
 """CompactGPT2: a GPT-2 whose layers may have different numbers of attention heads."""
 
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
 from pipeline.model.configuration import CompactGPT2Config
 from pipeline.model.convert import from_gpt2, in_fp32, to_gpt2
 from pipeline.model.modeling import CompactGPT2LMHeadModel, CompactGPT2Model
@@ -14,3 +16,7 @@ __all__ = [
     "slice_heads",
     "to_gpt2",
 ]
+
+AutoConfig.register(CompactGPT2Config.model_type, CompactGPT2Config)
+AutoModel.register(CompactGPT2Config, CompactGPT2Model)
+AutoModelForCausalLM.register(CompactGPT2Config, CompactGPT2LMHeadModel)

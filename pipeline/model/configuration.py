@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 
 class CompactGPT2Config(PreTrainedConfig):
@@ -71,6 +71,3 @@ class CompactGPT2Config(PreTrainedConfig):
     def pruned(self) -> bool:
         """Whether any layer has lost a head."""
         return any(len(heads) < self.n_head for heads in self.kept_heads)
-
-
-AutoConfig.register(CompactGPT2Config.model_type, CompactGPT2Config)

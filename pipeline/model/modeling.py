@@ -5,7 +5,7 @@ import math
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
@@ -13,7 +13,8 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from pipeline.model.configuration import CompactGPT2Config
+# Relative, for an export ships these two files as they are.
+from .configuration import CompactGPT2Config
 
 
 class Attention(nn.Module):
@@ -217,7 +218,3 @@ class CompactGPT2LMHeadModel(CompactGPT2PreTrainedModel, GenerationMixin):
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=body.past_key_values)
-
-
-AutoModel.register(CompactGPT2Config, CompactGPT2Model)
-AutoModelForCausalLM.register(CompactGPT2Config, CompactGPT2LMHeadModel)

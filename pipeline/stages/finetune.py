@@ -30,7 +30,17 @@ def build(job: Job) -> dict[str, Any]:
     )
     teacher = load_model(job.teacher / "model") if choices.distill and job.teacher else None
     checkpoints = job.out / CHECKPOINTS
-    curve = train(model, blocks, choices, checkpoints, seed=job.recipe.seed, device=job.device, teacher=teacher)
+    with job.tracking.training() as report_to:
+        curve = train(
+            model,
+            blocks,
+            choices,
+            checkpoints,
+            seed=job.recipe.seed,
+            device=job.device,
+            teacher=teacher,
+            report_to=report_to,
+        )
     if not is_main_process():
         return {}
     model.cpu()

@@ -1,9 +1,10 @@
 """What a stage is given to work with."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline.recipe import Recipe
+from pipeline.tracking import Tracking
 
 
 @dataclass(frozen=True)
@@ -18,3 +19,5 @@ class Job:
     """`cpu` or `cuda:0`."""
     teacher: Path | None = None
     """The dense FP16 stage, for distillation."""
+    tracking: Tracking = field(default_factory=Tracking)
+    """Where a training is logged."""

@@ -1,0 +1,209 @@
+"""Many runs that differ in a few choices: stages are shared, made in parallel, and measured one point at a time."""
+
+import itertools
+import json
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from eval.errors import UserError
+from eval.results import Results, load_results, save_json, save_text
+from pipeline import hardware
+from pipeline.artifacts import RunFolder, disk_errors, fingerprint
+from pipeline.launchers import Launcher, Local, Ray, Task
+from pipeline.recipe import Recipe, load_recipe
+from pipeline.runner import RESULTS
+from pipeline.stages import BY_NAME
+from pipeline.store import link
+
+
+@dataclass(frozen=True)
+class Point:
+    """One combination of the grid."""
+
+    choices: dict[str, Any]
+    """Recipe key -> value."""
+    recipe: Recipe
+
+    @property
+    def name(self) -> str:
+        """A folder name, the same for the same choices."""
+        plain = ",".join(f"{key}={value}" for key, value in self.choices.items())
+        safe = re.sub(r"[^\w.,=+-]", "_", plain)[:100]
+        return plain if plain == safe else f"{safe}-{fingerprint(self.choices)}"
+
+
+@dataclass
+class Outcome:
+    """What became of a point: results, or why there are none."""
+
+    point: Point
+    results: Results | None = None
+    failure: str | None = None
+
+
+def expand(recipe: str, grids: Sequence[str], changes: Sequence[str] = ()) -> list[Point]:
+    """All combinations of `grids` (`KEY=VALUE,VALUE...`; values as YAML) on a recipe, the last key fastest.
+
+    Raises `UserError` for a grid that cannot be read, or a point whose recipe is wrong.
+    """
+    axes: dict[str, list[Any]] = {}
+    for grid in grids:
+        key, _, text = grid.partition("=")
+        try:
+            values = yaml.safe_load(f"[{text}]")
+        except yaml.YAMLError:
+            values = []
+        if not key or not values or None in values:
+            raise UserError(f"--grid {grid}: give KEY=VALUE,VALUE as in prune.ratio=0.1,0.2,0.4")
+        if key in axes:
+            raise UserError(f"--grid {grid}: the key is given twice")
+        axes[key] = values
+    if not axes:
+        raise UserError("--grid is missing: give KEY=VALUE,VALUE as in prune.ratio=0.1,0.2,0.4")
+    points = []
+    for values in itertools.product(*axes.values()):
+        overrides = [f"{key}={json.dumps(value)}" for key, value in zip(axes, values, strict=True)]
+        chosen = load_recipe(Recipe, recipe, [*changes, *overrides])
+        points.append(Point({key: _value(chosen, key) for key in axes}, chosen))
+    for name, count in Counter(point.name for point in points).items():
+        if count > 1:
+            raise UserError(f"--grid: {name} is given twice; give each value once")
+    return points
+
+
+def _value(recipe: Recipe, key: str) -> Any:
+    """What the recipe makes of a value: 0.001 of 1e-3, which YAML takes for a word."""
+    value: Any = recipe.model_dump(mode="json")
+    for part in key.split("."):
+        value = value[part]
+    return value
+
+
+def sweep(points: Sequence[Point], out: Path, *, launcher: str = "local", workers: int = 1) -> list[Outcome]:
+    """Work on all points below `out`; what is there already is not done again.
+
+    `out/points/NAME/` are run folders with a `log.txt`, `out/stages/` holds what they share; `sweep.json`,
+    `sweep.md` and `sweep.png`, `.svg` tell of all of them. `workers` build at a time, on this machine or
+    (`launcher="ray"`) on Ray's; then one point after the other is measured here, with nothing beside it.
+    A point that fails is an outcome like the others. Raises `UserError` for an unknown launcher or an
+    `out` that cannot be used.
+    """
+    if launcher not in ("local", "ray"):
+        raise UserError(f"--launcher {launcher}: give local or ray")
+    out = out.absolute()  # other machines have other working directories
+    outcomes = [Outcome(point) for point in points]
+    with RunFolder(out).locked(), disk_errors(out):
+        local = Local()
+        builder: Launcher = Ray(workers) if launcher == "ray" else local
+        try:
+            threads = max(1, hardware.cpu()["cores"] // workers)
+            _each(builder, "built", _leaders_first(outcomes), out, workers, threads)
+        finally:
+            if builder is not local:
+                builder.stop()
+        built = [outcome for outcome in outcomes if outcome.failure is None]
+        for index, outcome in enumerate(built):
+            _share_measurements(out, [other.point for other in built[:index]], outcome.point)
+            _each(local, "measured", [outcome], out, 1, None)
+            if outcome.failure is None:
+                outcome.results = load_results(_folder(out, outcome.point) / RESULTS)
+        _write(outcomes, out)
+    return outcomes
+
+
+def _folder(out: Path, point: Point) -> Path:
+    return out / "points" / point.name
+
+
+def _leaders_first(outcomes: Sequence[Outcome]) -> list[Outcome]:
+    """First one point of each set that shares all but the last stage, then the others, which find most work done."""
+    seen: Counter[str] = Counter()
+    order = []
+    for outcome in outcomes:
+        shared = outcome.point.recipe.model_dump_json(exclude={"quantize", "measure"})
+        order.append((seen[shared], outcome))
+        seen[shared] += 1
+    return [outcome for _, outcome in sorted(order, key=lambda each: each[0])]
+
+
+def _each(
+    launch: Launcher, done: str, outcomes: Sequence[Outcome], out: Path, workers: int, threads: int | None
+) -> None:
+    """Build (with `threads` given) or measure these points, `workers` at a time; failures are noted in them."""
+    with ThreadPoolExecutor(workers) as pool:
+        futures = {}
+        for outcome in outcomes:
+            recipe = outcome.point.recipe.model_dump(mode="json")
+            task = Task(recipe, _folder(out, outcome.point), out / "stages", threads is None, threads)
+            futures[pool.submit(launch, task)] = outcome
+        try:
+            for count, future in enumerate(as_completed(futures), 1):
+                outcome = futures[future]
+                outcome.failure = future.result()
+                state = done if outcome.failure is None else f"failed: {outcome.failure}"
+                progress = f" ({count} of {len(futures)})" if len(futures) > 1 else ""
+                print(f"sweep: {outcome.point.name}: {state}{progress}", file=sys.stderr, flush=True)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            launch.stop()
+            raise
+
+
+def _share_measurements(out: Path, earlier: Sequence[Point], point: Point) -> None:
+    """Hand on quality and memory of stages that an earlier point has as well.
+
+    Nothing is trusted: a measurement carries the fingerprint of what was measured, and how.
+    """
+    here = RunFolder(_folder(out, point))
+    target = here.path / "measurements"
+    target.mkdir(exist_ok=True)
+    for stage, other in itertools.product(BY_NAME, earlier):
+        there = RunFolder(_folder(out, other))
+        mine, theirs = here.manifest(stage), there.manifest(stage)
+        if mine is None or theirs is None or mine.content != theirs.content:
+            continue
+        for kind in ("quality", "memory"):
+            for path in (there.path / "measurements").glob(f"{kind}-{stage}-*.json"):
+                if not (target / path.name).exists():
+                    link(path, target / path.name)
+
+
+def _write(outcomes: Sequence[Outcome], out: Path) -> None:
+    """The table and the figure of all points."""
+    from plots import style
+    from plots import sweep as drawing
+
+    save_json(list(plain(outcomes)), out / "sweep.json")
+    figure = drawing.draw([(each.point.choices, each.results) for each in outcomes if each.results])
+    picture = []
+    if figure is not None:
+        style.save(figure, out, "sweep")
+        picture = ["", "![Perplexity of each point against its choices and its decode time](sweep.png)"]
+    table = drawing.markdown(drawing.table(_lines(outcomes)))
+    save_text("\n".join(["# Sweep", "", table, *picture, ""]), out / "sweep.md")
+
+
+def report(outcomes: Sequence[Outcome]) -> str:
+    """The table of all points, as text."""
+    from plots import sweep as drawing
+
+    return drawing.text(drawing.table(_lines(outcomes)))
+
+
+def _lines(outcomes: Sequence[Outcome]) -> list[tuple[dict[str, Any], Results | str]]:
+    return [(each.point.choices, each.results or f"failed: {each.failure}") for each in outcomes]
+
+
+def plain(outcomes: Sequence[Outcome]) -> Iterator[dict[str, Any]]:
+    """The outcomes as plain data."""
+    for each in outcomes:
+        rows = [asdict(row) for row in each.results.rows] if each.results else []
+        yield {"choices": each.point.choices, "point": each.point.name, "failure": each.failure, "rows": rows}

@@ -1,0 +1,169 @@
+"""All points of a sweep in one table and one figure, from the results of their runs."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from eval.results import Results, Row
+from plots import style
+from plots import table as cells
+from plots.rows import kind, label
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Choices = Mapping[str, Any]
+"""Recipe key -> the value that a point has."""
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#5f5f5f")
+_MARKERS = "os^Dv<>"
+
+
+def table(points: Sequence[tuple[Choices, Results | str]]) -> list[tuple[str, ...]]:
+    """A head and one line for each pruned row of the chain that was measured; for a point that failed, its reason."""
+    keys = list(points[0][0])
+    lines = [(*keys, *cells.COLUMNS)]
+    for choices, found in points:
+        values = tuple(str(choices[key]) for key in keys)
+        if isinstance(found, str):
+            lines.append((*values, found))
+        else:
+            lines += [
+                (*values, *line.cells)
+                for line in cells.lines(found)
+                if line.row.skipped is None and line.row.role == "chain" and line.row.stage not in ("load", "half")
+            ]
+    return lines
+
+
+def text(lines: Sequence[tuple[str, ...]]) -> str:
+    """The table, aligned."""
+    full = [line for line in lines if len(line) == len(lines[0])]
+    widths = [max(map(len, column)) for column in zip(*full, strict=True)]
+    first = len(lines[0]) - len(cells.COLUMNS) + 1  # the choices and the row's name stand to the left
+    out = []
+    for line in lines:
+        padded = [
+            cell.ljust(width) if index < first else cell.rjust(width)
+            for index, (cell, width) in enumerate(zip(line, widths, strict=False))
+        ]
+        out.append("  ".join(padded).rstrip())
+    return "\n".join((out[0], "-" * len(out[0]), *out[1:]))
+
+
+def markdown(lines: Sequence[tuple[str, ...]]) -> str:
+    """The table in Markdown."""
+    width = len(lines[0])
+    rule = ["---"] * (width - len(cells.COLUMNS) + 1) + ["---:"] * (len(cells.COLUMNS) - 1)
+    padded = [[cells.markdown(cell) for cell in line] + [""] * (width - len(line)) for line in lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (padded[0], rule, *padded[1:]))
+
+
+def draw(points: Sequence[tuple[Choices, Results]]) -> "Figure | None":
+    """Perplexity against the first numeric choice, and beside it against decode time, for the end of the chain."""
+    with style.look():
+        return _draw(points)
+
+
+def _draw(points: Sequence[tuple[Choices, Results]]) -> "Figure | None":
+    found = {name: _last_rows(points, name) for name in ("CPU", "GPU")}
+    found = {name: rows for name, rows in found.items() if rows}
+    if not found:
+        return None
+    key = _axis([choices for choices, _ in points])
+    others = [other for other in points[0][0] if other != key]
+    series = list(dict.fromkeys(_series(choices, others) for choices, _ in points))
+    timed = any(row.latency for rows in found.values() for _, row in rows)
+    dense = {row.quality.perplexity for _, results in points for row in results.rows if _is_dense(row) and row.quality}
+    names = [label(rows[0][1]) for rows in found.values()]
+    note = (
+        f"{'; '.join(names)}. Down is better, in decode time to the left as well; labels there give {key}, "
+        "bars the 95 % intervals of the medians."
+        if timed
+        else f"{'; '.join(names)}. Down is better."
+    )
+    figure = style.frame("The sweep's points", 3.6 * len(found), note, _handles(series, len(dense) == 1))
+    panels = figure.subplots(len(found), 1 + timed, squeeze=False, sharey="row")
+    for (left, *right), (name, rows) in zip(panels, found.items(), strict=True):
+        for index, each in enumerate(series):
+            mine = [(choices[key], row) for choices, row in rows if _series(choices, others) == each]
+            look = {"color": _COLOURS[index % 7], "marker": _MARKERS[index % 7], "linewidth": 1, "markersize": 5}
+            if mine:
+                _choice_panel(left, mine, look)
+            for axes in right:
+                _decode_panel(axes, mine, look)
+        left.set_ylabel(f"perplexity per token ({name})")
+        left.set_xlabel(key)
+        if all(_numeric(choices[key]) for choices, _ in rows):
+            left.set_xticks(sorted({choices[key] for choices, _ in rows}))
+        for axes in right:
+            axes.set_xlabel("decode: time per output token (ms)")
+        for axes in (left, *right):
+            axes.grid()
+            axes.margins(0.12)
+            if len(dense) == 1:
+                axes.axhline(*dense, **_DENSE)
+    return figure
+
+
+_DENSE: dict[str, Any] = {"color": style.QUIET, "linestyle": "--", "linewidth": 1, "zorder": 1}
+
+
+def _choice_panel(axes: "Axes", mine: Sequence[tuple[Any, Row]], look: dict[str, Any]) -> None:
+    places = [(value, row.quality.perplexity) for value, row in mine if row.quality]
+    if all(_numeric(value) for value, _ in places):
+        axes.plot(*zip(*sorted(places), strict=True), **look)
+    else:
+        axes.plot([str(value) for value, _ in places], [y for _, y in places], **look)
+
+
+def _decode_panel(axes: "Axes", mine: Sequence[tuple[Any, Row]], look: dict[str, Any]) -> None:
+    for value, row in mine:
+        if row.quality and row.latency:
+            timing = row.latency.decode
+            x, y = 1e3 * timing.p50, row.quality.perplexity
+            reach = [[1e3 * (timing.p50 - timing.ci95[0])], [1e3 * (timing.ci95[1] - timing.p50)]]
+            axes.errorbar(x, y, xerr=reach, elinewidth=1, capsize=2, **look)
+            axes.annotate(str(value), (x, y), xytext=(5, 4), textcoords="offset points", fontsize=8, bbox=style.PAPER)
+
+
+def _last_rows(points: Sequence[tuple[Choices, Results]], name: str) -> list[tuple[Choices, Row]]:
+    """The last measured row of the chain of each point, on this kind of device."""
+    found = []
+    for choices, results in points:
+        rows = [
+            row
+            for row in results.rows
+            if kind(row) == name and row.role == "chain" and row.skipped is None and row.quality
+        ]
+        if rows:
+            found.append((choices, rows[-1]))
+    return found
+
+
+def _axis(choices: Sequence[Choices]) -> str:
+    """The first key whose values are all numbers, else the first."""
+    keys = list(choices[0])
+    return next((key for key in keys if all(_numeric(each[key]) for each in choices)), keys[0])
+
+
+def _numeric(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _series(choices: Choices, others: Sequence[str]) -> str:
+    return ", ".join(f"{other}={choices[other]}" for other in others)
+
+
+def _is_dense(row: Row) -> bool:
+    return row.stage == "control-finetune" and kind(row) == "CPU"
+
+
+def _handles(series: Sequence[str], dense: bool) -> list[Any]:
+    from matplotlib.lines import Line2D
+
+    handles = [
+        Line2D([], [], color=_COLOURS[index % 7], marker=_MARKERS[index % 7], linewidth=1, label=each)
+        for index, each in enumerate(series)
+        if each
+    ]
+    return [*handles, Line2D([], [], label="dense, fine-tuned alike", **_DENSE)] if dense else handles
