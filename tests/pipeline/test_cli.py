@@ -100,8 +100,8 @@ def test_misuse(words: list[str], cli) -> None:
         (["--set", "data.train=no.txt"], "no.txt: No such file"),
         (["--set", "measure.tasks.names=[glue]"], "measure.tasks.names.0 is 'glue'"),
         (
-            ["--set", "measure.tasks.names=[lambada]", "--set", "measure.tasks.data=no"],
-            "no lambada_test*.jsonl below no",
+            ["--set", "measure.tasks.names=[lambada]", "--set", "measure.tasks.data=absent"],
+            "no lambada_test*.jsonl below absent",
         ),
     ],
 )
