@@ -163,7 +163,8 @@ class Benchmark:
     def case(self, length: int, batch: int) -> None:
         """Load, check and time what is ready."""
         entry: dict[str, Any] = {"prompt_tokens": length, "batch": batch, "new_tokens": self.choices.new_tokens}
-        entry |= {"read_bandwidth": read_bandwidth(self.choices.threads), "subjects": {}}
+        entry |= {"load_average": os.getloadavg()[0], "read_bandwidth": read_bandwidth(self.choices.threads)}
+        entry["subjects"] = {}
         self.record["cases"].append(entry)
         prompts = self.prompts(length, batch)
         first = next(prompts)
@@ -294,7 +295,7 @@ def report(record: Mapping[str, Any]) -> str:
     for entry in record["cases"]:
         lines.append(
             f"\nprompt {entry['prompt_tokens']}, batch {entry['batch']}, {entry['new_tokens']} new tokens; "
-            f"reading {entry['read_bandwidth']['best'] / 1e9:.1f} GB/s; over ours: above 1 is slower than ours\n"
+            f"load before {entry['load_average']:.1f}, reading {entry['read_bandwidth']['best'] / 1e9:.1f} GB/s; over ours: above 1 is slower than ours\n"
             f"{'':<24} {'prefill ms':>24} {'over ours':>17} {'decode ms':>22} {'over ours':>17} "
             f"{'tokens/s':>8} {'% read':>6} {'RSS MB':>7} {'USS MB':>7}"
         )
