@@ -295,7 +295,8 @@ def report(record: Mapping[str, Any]) -> str:
     for entry in record["cases"]:
         lines.append(
             f"\nprompt {entry['prompt_tokens']}, batch {entry['batch']}, {entry['new_tokens']} new tokens; "
-            f"load before {entry['load_average']:.1f}, reading {entry['read_bandwidth']['best'] / 1e9:.1f} GB/s; over ours: above 1 is slower than ours\n"
+            f"load before {entry['load_average']:.1f}, "
+            f"reading {entry['read_bandwidth']['best'] / 1e9:.1f} GB/s; over ours: above 1 is slower than ours\n"
             f"{'':<24} {'prefill ms':>24} {'over ours':>17} {'decode ms':>22} {'over ours':>17} "
             f"{'tokens/s':>8} {'% read':>6} {'RSS MB':>7} {'USS MB':>7}"
         )
