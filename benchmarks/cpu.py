@@ -16,6 +16,7 @@ import signal
 import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -162,7 +163,8 @@ class Benchmark:
     def case(self, length: int, batch: int) -> None:
         """Load, check and time what is ready."""
         entry: dict[str, Any] = {"prompt_tokens": length, "batch": batch, "new_tokens": self.choices.new_tokens}
-        entry |= {"read_bandwidth": read_bandwidth(self.choices.threads), "subjects": {}}
+        entry |= {"load_average": os.getloadavg()[0], "read_bandwidth": read_bandwidth(self.choices.threads)}
+        entry["subjects"] = {}
         self.record["cases"].append(entry)
         prompts = self.prompts(length, batch)
         first = next(prompts)
@@ -200,7 +202,10 @@ class Benchmark:
     ) -> dict[str, dict[str, list[float]]]:
         """Seconds of prefill and of one decoded token, round by round; one that fails is left out."""
         samples: dict[str, dict[str, list[float]]] = {name: {"prefill": [], "decode": []} for name in workers}
+        end = time.monotonic() + self.choices.seconds
         for turn, ids in zip(tqdm(range(self.choices.rounds), desc="rounds", leave=False), prompts, strict=False):
+            if turn >= 2 and time.monotonic() > end:
+                break
             names = list(samples)
             start = turn % max(1, len(names))
             for name in names[start:] + names[:start]:
@@ -290,6 +295,7 @@ def report(record: Mapping[str, Any]) -> str:
     for entry in record["cases"]:
         lines.append(
             f"\nprompt {entry['prompt_tokens']}, batch {entry['batch']}, {entry['new_tokens']} new tokens; "
+            f"load before {entry['load_average']:.1f}, "
             f"reading {entry['read_bandwidth']['best'] / 1e9:.1f} GB/s; over ours: above 1 is slower than ours\n"
             f"{'':<24} {'prefill ms':>24} {'over ours':>17} {'decode ms':>22} {'over ours':>17} "
             f"{'tokens/s':>8} {'% read':>6} {'RSS MB':>7} {'USS MB':>7}"
@@ -300,9 +306,9 @@ def report(record: Mapping[str, Any]) -> str:
                 continue
             cells = [f"{name + ' (dense)' * (rows[name]['model'] == 'dense'):<24}"]
             for part, width in (("prefill", 24), ("decode", 22)):
-                time = found["latency"][part]
-                low, high = (1000 * bound for bound in time["ci95"])
-                cells.append(f"{1000 * time['p50']:.2f} [{low:.2f}, {high:.2f}]".rjust(width))
+                taken = found["latency"][part]
+                low, high = (1000 * bound for bound in taken["ci95"])
+                cells.append(f"{1000 * taken['p50']:.2f} [{low:.2f}, {high:.2f}]".rjust(width))
                 over = found.get("over_ours", {}).get(part)
                 cells.append(
                     (f"{over['value']:.2f} [{over['low']:.2f}, {over['high']:.2f}]" if over else "-").rjust(17)
@@ -329,6 +335,9 @@ def read_choices(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batches", type=int, nargs="+", help="sequences at a time (default: 1 4)")
     parser.add_argument("--new-tokens", type=int, help="tokens to write; the first one is prefill's (default: 128)")
     parser.add_argument("--rounds", type=int, help="timings a subject and case, besides one to warm up (default: 10)")
+    parser.add_argument(
+        "--seconds", type=float, default=1800, help="no round of a case begins later, but for two (default: 1800)"
+    )
     parser.add_argument("--subjects", nargs="+", default=[], metavar="PART", help="rows whose names contain a PART")
     parser.add_argument("--threads", type=int, help="for every subject (default: physical cores)")
     parser.add_argument("--quality-tokens", type=int, help="of the test text, for perplexity; 0: none (default: 20000)")

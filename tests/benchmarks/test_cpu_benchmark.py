@@ -133,6 +133,8 @@ def test_rounds_rotate_and_leave_out_what_fails(bench: cpu.Benchmark) -> None:
     assert "".join(order) == "abc" + "bca" + "ac" + "ca"
     assert samples == {name: {"prefill": [2.0] * 4, "decode": [1.0] * 4} for name in "ac"}
     assert found["b"] == {"skipped": "gone"}
+    bench.choices.seconds = 0  # out of time
+    assert len(bench.rounds({"a": workers["a"]}, bench.prompts(3, 1), found)["a"]["decode"]) == 2
 
 
 @pytest.mark.parametrize(
