@@ -21,7 +21,8 @@ _MARKERS = "os^Dv<>"
 def table(points: Sequence[tuple[Choices, Results | str]]) -> list[tuple[str, ...]]:
     """A head and one line for each pruned row of the chain that was measured; for a point that failed, its reason."""
     keys = list(points[0][0])
-    lines = [(*keys, *cells.COLUMNS)]
+    parts = [key.rpartition(".")[2] for key in keys]
+    lines = [(*(parts if len(set(parts)) == len(parts) else keys), *cells.COLUMNS)]
     for choices, found in points:
         values = tuple(str(choices[key]) for key in keys)
         if isinstance(found, str):
@@ -81,7 +82,12 @@ def _draw(points: Sequence[tuple[Choices, Results]]) -> "Figure | None":
         if timed
         else f"{'; '.join(names)}. Down is better."
     )
-    figure = style.frame("The sweep's points", 3.6 * len(found), note, _handles(series, len(dense) == 1))
+    figure = style.frame(
+        f"Perplexity against {key}{' and decode latency' if timed else ''}",
+        3.6 * len(found),
+        note,
+        _handles(series, len(dense) == 1),
+    )
     panels = figure.subplots(len(found), 1 + timed, squeeze=False, sharey="row")
     for (left, *right), (name, rows) in zip(panels, found.items(), strict=True):
         for index, each in enumerate(series):
@@ -95,13 +101,14 @@ def _draw(points: Sequence[tuple[Choices, Results]]) -> "Figure | None":
         left.set_xlabel(key)
         if all(_numeric(choices[key]) for choices, _ in rows):
             left.set_xticks(sorted({choices[key] for choices, _ in rows}))
-        for axes in right:
-            axes.set_xlabel("decode: time per output token (ms)")
         for axes in (left, *right):
             axes.grid()
             axes.margins(0.12)
             if len(dense) == 1:
                 axes.axhline(*dense, **_DENSE)
+        for axes in right:
+            axes.set_xlabel("decode: time per output token (ms)")
+            axes.set_xlim(left=max(0.0, axes.get_xlim()[0]))
     return figure
 
 

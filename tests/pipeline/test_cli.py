@@ -22,18 +22,8 @@ VERBS = [command.callback.__name__ for command in app.registered_commands if com
 
 def test_the_verbs() -> None:
     chain = ["run", "load", "half", "prune", "finetune", "quantize"]
-    assert [
-        *chain,
-        "evaluate",
-        "compare",
-        "generate",
-        "bench",
-        "profile",
-        "report",
-        "pretrain",
-        "doctor",
-        "probe",
-    ] == VERBS
+    judging = ["evaluate", "compare", "generate", "bench", "profile", "report"]
+    assert [*chain, "sweep", *judging, "export", "pretrain", "doctor", "probe"] == VERBS
 
 
 @pytest.mark.parametrize("verb", ["", *VERBS])

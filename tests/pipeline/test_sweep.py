@@ -185,20 +185,8 @@ def test_killed_it_goes_on(swept: tuple[Path, list[Outcome]], brief: str, tmp_pa
     point = out / "points" / whole.path.name
     shutil.rmtree(point)
     shutil.rmtree(out / "stages" / f"finetune-{whole.verify('finetune').fingerprint}")
-    command = [
-        sys.executable,
-        "-m",
-        "pipeline",
-        "sweep",
-        "--recipe",
-        brief,
-        "--grid",
-        *GRID,
-        "--workers",
-        "2",
-        "--out",
-        out,
-    ]
+    options = ["--recipe", brief, "--grid", *GRID, "--workers", "2", "--out", out]
+    command = [sys.executable, "-m", "pipeline", "sweep", *options]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     while not next(point.glob(".finetune-*.partial/checkpoints/checkpoint-2/trainer_state.json"), None):
         assert process.poll() is None
@@ -211,7 +199,9 @@ def test_killed_it_goes_on(swept: tuple[Path, list[Outcome]], brief: str, tmp_pa
     assert not (point / "finetune").exists()
     outcomes = sweep(expand(brief, GRID), out, workers=2)
     assert perplexities(outcomes) == perplexities(swept[1])
-    assert at_work(point.parents[1]).count("load") == 1
+    log = (point / "log.txt").read_text()
+    assert [log.count(f"finetune: step {step}/3") for step in (1, 2, 3)] == [1, 1, 1]  # it went on from its checkpoint
+    assert [at_work(out).count(stage) <= 1 for stage in ("load", "half", "prune")] == [True] * 3
 
 
 def test_a_damaged_stage_of_the_store_is_made_anew(run_copy: Path, tmp_path: Path) -> None:
