@@ -144,11 +144,15 @@ def _trace(model: CompactGPT2LMHeadModel, folder: Path) -> None:
 
 
 def _name_nodes(ir: Any, name: str = "compact_gpt2") -> None:
-    """Number the nodes that openvino named from a process-wide counter: the same model, the same bytes."""
+    """Number nodes and tensors that openvino named from a process-wide counter: the same model, the same bytes."""
+    counted = re.compile(r"^([A-Za-z]\w*?)_\d+(\.\d+)?$")
     ir.set_friendly_name(name)
     for index, node in enumerate(ir.get_ordered_ops()):
-        if re.fullmatch(rf"{node.get_type_name()}_\d+", node.get_friendly_name()):
-            node.set_friendly_name(f"{node.get_type_name()}_{index}")
+        if match := counted.match(node.get_friendly_name()):
+            node.set_friendly_name(f"{match[1]}_{index}")
+        for output in node.outputs():
+            number = f"{index}_{output.get_index()}"
+            output.set_names({counted.sub(rf"\1_{number}", tensor) for tensor in output.get_names()})
 
 
 @contextlib.contextmanager
