@@ -1,4 +1,4 @@
-"""INT8 weights with Intel Neural Compressor 3: the `INCQuantizer` surface that optimum-intel 2.0 dropped.
+"""INT8 and INT4 weights with Intel Neural Compressor 3: the `INCQuantizer` surface that optimum-intel 2.0 dropped.
 
 Round-to-nearest (RTN), or GPTQ (Frantar et al. 2023, arXiv 2210.17323) with calibration text.
 """
@@ -22,25 +22,26 @@ from eval.errors import UserError
 from eval.results import QuantizedLayer
 from pipeline.data import TokenBlocks
 from pipeline.model import CompactGPT2LMHeadModel, in_fp32
-from pipeline.model.int8 import HalfEmbedding, Int8Embedding, Int8Linear
+from pipeline.model.quantized import HalfEmbedding, QuantizedEmbedding, QuantizedLinear, dequantized
 from pipeline.openvino_export import export_openvino, quiet
 
 REPORT = "quantization.json"
 _HEAD = "lm_head"
 _POSITIONS = "transformer.wpe"
-_SCHEME = "symmetric, one scale an output"
+FOUR_BIT_GROUP = 64
 _RTN_ROWS = 4096
 
 Codes = tuple[torch.Tensor, torch.Tensor]
-"""int8 codes `[out, in]` and FP32 scales `[out, 1]`."""
+"""int8 codes `[out, in]` and FP32 scales `[out, groups]`."""
 
 
 @dataclass(frozen=True)
 class WeightOnlyConfig:
     """How weights become INT8: symmetric, one FP32 scale an output channel (`group_size` -1).
 
-    `ignore` holds regular expressions; a layer whose whole name one of them matches stays FP32. The token
-    embedding is tied to `lm_head` and follows it; the position embedding becomes FP16.
+    `ignore` holds regular expressions; a layer whose whole name one of them matches stays FP32. The layers named in
+    `four_bit` get INT4 codes and a scale for each `FOUR_BIT_GROUP` columns. The token embedding is tied to
+    `lm_head` and follows it, always in INT8; the position embedding becomes FP16.
 
     Raises `UserError` for anything but INT8 codes with one scale a row, which is what the runtime computes with.
     """
@@ -50,6 +51,7 @@ class WeightOnlyConfig:
     symmetric: bool = True
     group_size: int = -1
     ignore: tuple[str, ...] = ()
+    four_bit: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.method not in ("rtn", "gptq"):
@@ -92,8 +94,8 @@ class INCQuantizer:
         save_directory: str | Path | None = None,
         traced: str | Path | None = None,
     ) -> CompactGPT2LMHeadModel:
-        """An FP32 copy of the model whose linear layers are `Int8Linear`, its tied embedding an `Int8Embedding`
-        and its position embedding a `HalfEmbedding`.
+        """An FP32 copy of the model whose linear layers are `QuantizedLinear`, its tied embedding a
+        `QuantizedEmbedding` and its position embedding a `HalfEmbedding`.
 
         `quantization_config` is a `WeightOnlyConfig` (default: RTN), or neural-compressor's `RTNConfig` or
         `GPTQConfig` with INT8 codes and one scale a row. GPTQ reads `calibration_dataset`. With
@@ -108,28 +110,37 @@ class INCQuantizer:
         linears = {name: module for name, module in result.named_modules() if isinstance(module, nn.Linear)}
         ignored = _ignored(config.ignore, [*linears, _POSITIONS])
         blocks = {name: linear for name, linear in linears.items() if name not in ignored | {_HEAD}}
+        _check_four_bit(config.four_bit, blocks)
+        four_bit_config = copy.deepcopy(inc_config)
+        four_bit_config.bits, four_bit_config.group_size = 4, FOUR_BIT_GROUP
         if config.method == "gptq":
             model = in_fp32(self.model)
             model.config.use_cache = False  # GPTQ replays blocks: a cache would grow with every replay
             for name in sorted(linears.keys() - blocks.keys() - {_HEAD}):
                 inc_config.set_local(re.escape(name), type(inc_config)(dtype="fp32"))
+            for name in config.four_bit:
+                inc_config.set_local(re.escape(name), four_bit_config)
             codes: Iterator[tuple[str, Codes]] = _gptq(model, inc_config, calibration_dataset, len(blocks))
         else:
-            codes = ((name, _rtn(linear, inc_config)) for name, linear in blocks.items())
+            codes = (
+                (name, _rtn(linear, four_bit_config if name in config.four_bit else inc_config))
+                for name, linear in blocks.items()
+            )
         self.report = []
         with _inc_quiet():
             for name, (weight, scale) in codes:
+                bits = 4 if name in config.four_bit else 8
                 if config.method == "gptq":
-                    _repair_one_sided(linears[name].weight, weight, scale)
-                self._replace(result, name, linears[name], weight, scale, config.method)
+                    _repair_one_sided(linears[name].weight, weight, scale, bits)
+                self._replace(result, name, linears[name], weight, scale, config.method, bits)
             if _HEAD not in ignored:
                 # Always RTN: the tensor is an embedding table too, and GPTQ's rounding would trade error between
                 # the columns of a row by the statistics of the head's input alone, at the embedding's expense.
                 head = result.lm_head
                 weight, scale = _rtn(head)
-                self._replace(result, _HEAD, head, weight, scale, "rtn")
-                assert isinstance(result.lm_head, Int8Linear)
-                result.transformer.wte = Int8Embedding(result.lm_head)
+                self._replace(result, _HEAD, head, weight, scale, "rtn", 8)
+                assert isinstance(result.lm_head, QuantizedLinear)
+                result.transformer.wte = QuantizedEmbedding(result.lm_head)
         if _POSITIONS not in ignored:
             result.set_submodule(_POSITIONS, HalfEmbedding(result.transformer.wpe.weight))
         if save_directory is not None:
@@ -144,13 +155,23 @@ class INCQuantizer:
         weight: torch.Tensor,
         scale: torch.Tensor,
         method: str,
+        bits: int,
     ) -> None:
         bias = None if original.bias is None else original.bias.detach()
-        model.set_submodule(name, Int8Linear(weight, scale, bias))
-        change = weight.float().mul_(scale).sub_(original.weight).norm()
+        model.set_submodule(name, QuantizedLinear(weight, scale, bias, bits))
+        change = dequantized(weight, scale).sub_(original.weight).norm()
         error = change / original.weight.norm().clamp_min(1e-30)
+        shared = "an output" if bits == 8 else f"for {FOUR_BIT_GROUP} columns of an output"
         self.report.append(
-            QuantizedLayer(name, method, 8, _SCHEME, scale.min().item(), scale.max().item(), error.item())
+            QuantizedLayer(
+                name,
+                method,
+                bits,
+                f"symmetric, one scale {shared}",
+                scale.min().item(),
+                scale.max().item(),
+                error.item(),
+            )
         )
 
     def _save(self, quantized: CompactGPT2LMHeadModel, folder: Path, traced: str | Path | None) -> None:
@@ -199,6 +220,16 @@ def _ignored(patterns: tuple[str, ...], names: list[str]) -> set[str]:
             raise UserError(f"ignore pattern {pattern!r} matches no layer; layers are named like {names[0]}")
         ignored |= matches
     return ignored
+
+
+def _check_four_bit(names: tuple[str, ...], linears: dict[str, nn.Linear]) -> None:
+    for name in names:
+        if name not in linears:
+            raise UserError(f"four_bit: {name} is no quantised layer; they are named like {next(iter(linears))}")
+        if linears[name].in_features % FOUR_BIT_GROUP:
+            raise UserError(
+                f"four_bit: {name} has {linears[name].in_features} columns; 4 bits need a multiple of {FOUR_BIT_GROUP}"
+            )
 
 
 def _gptq(
@@ -252,15 +283,17 @@ def _rtn(linear: nn.Linear, config: Any = None) -> Codes:
 def _unpack(module: Any) -> Codes:
     """Codes and scales from neural-compressor's packed layer."""
     parts = module.unpack()
-    return parts["int_weight"].to(torch.int8).contiguous(), parts["scales"].float().reshape(-1, 1).contiguous()
+    weight, scale = parts["int_weight"], parts["scales"]
+    return weight.to(torch.int8).contiguous(), scale.float().reshape(len(weight), -1).contiguous()
 
 
-def _repair_one_sided(weight: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor) -> None:
-    """Requantise, in place, rows without a negative weight, for which neural-compressor's symmetric GPTQ
-    takes a scale half as large as needed and clips the upper half away."""
-    rows = (weight >= 0).all(dim=1) & (weight > 0).any(dim=1)
-    scale[rows] = weight[rows].amax(dim=1, keepdim=True) / 127
-    codes[rows] = (weight[rows] / scale[rows]).round().to(torch.int8)
+def _repair_one_sided(weight: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, bits: int) -> None:
+    """Requantise, in place, rows (with several scales: their groups) without a negative weight, for which
+    neural-compressor's symmetric GPTQ takes a scale half as large as needed and clips the upper half away."""
+    groups, grouped_codes = weight.view(*scale.shape, -1), codes.view(*scale.shape, -1)
+    wrong = (groups >= 0).all(dim=-1) & (groups > 0).any(dim=-1)
+    scale[wrong] = groups[wrong].amax(dim=-1) / (2 ** (bits - 1) - 1)
+    grouped_codes[wrong] = (groups[wrong] / scale[wrong].unsqueeze(-1)).round().to(torch.int8)
 
 
 @contextlib.contextmanager

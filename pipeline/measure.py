@@ -64,8 +64,9 @@ class Subject:
         return "/".join((self.stage, self.engine, self.device, self.precision))
 
 
-def subjects(stages: Sequence[str]) -> list[Subject]:
-    """The rows that these finished stages call for, in the table's order."""
+def subjects(stages: Mapping[str, Mapping[str, Any]]) -> list[Subject]:
+    """The rows that finished stages call for, in the table's order; `stages` holds the `details` of each manifest."""
+    quantized = stages.get("quantize", {})
     no_gpu = hardware.why_no_gpu()
     no_kernels = why_no_kernels()
     no_bf16 = None if hardware.cpu_has_bf16() else "this CPU has no bf16 units"
@@ -97,7 +98,8 @@ def subjects(stages: Sequence[str]) -> list[Subject]:
             ir("ir_fp32", "fp32"),
             ir("ir_fp32", "bf16", skipped=no_bf16),
             ir("ir_fp16", "fp16"),
-            ir("model", "int8", "chain"),
+            *([ir("ir_w8a8", "w8a8")] if quantized.get("w8a8") else []),
+            ir("model", "int4-int8" if quantized.get("four_bit") else "int8", "chain"),
         ],
         "control-finetune": [
             Subject("control-finetune", "model", "torch", "cpu", "fp32", "control", timed=False),
@@ -151,7 +153,7 @@ class Measurer:
 
     def rows(self, *, latency: bool = True) -> list[Row]:
         """All rows of the finished stages. Without `latency`, only perplexity is measured."""
-        found = [self._possible(subject) for subject in subjects(list(self.manifests))]
+        found = self._subjects()
         live = [subject for subject in found if subject.skipped is None]
         timed = [subject for subject in live if subject.timed] if latency else []
         qualities = {subject.key: self._quality(subject) for subject in live}
@@ -175,7 +177,7 @@ class Measurer:
 
     def agreement(self) -> Agreement | None:
         """How alike the measured rows answer; `None` where there are not two, or the recipe asks for none."""
-        live = [subject for subject in map(self._possible, subjects(list(self.manifests))) if subject.skipped is None]
+        live = [subject for subject in self._subjects() if subject.skipped is None]
         tokens = self.choices.agreement_tokens
         if len(live) < 2 or not tokens:
             return None
@@ -192,17 +194,21 @@ class Measurer:
 
     def quantization(self) -> list[QuantizedLayer]:
         """What quantisation did to each matrix, and what multiplies it on this machine; empty before that stage."""
-        int8 = [subject for subject in subjects(list(self.manifests)) if subject.precision == "int8"]
-        if not int8:
+        quantized = [subject for subject in self._subjects() if (subject.stage, subject.role) == ("quantize", "chain")]
+        if not quantized:
             return []
 
         def make() -> list[dict[str, Any]]:
-            report = json.loads((self._path(int8[0]) / QUANTIZATION).read_text(encoding="utf-8"))
-            engine = self._engine(int8[0])
+            report = json.loads((self._path(quantized[0]) / QUANTIZATION).read_text(encoding="utf-8"))
+            engine = self._engine(quantized[0])
             kernels = engine.kernels() if isinstance(engine, OpenVINOEngine) else {}
             return [{**layer, "kernel": kernels.get(layer["name"])} for layer in report["layers"]]
 
-        return [QuantizedLayer(**layer) for layer in self._kept("quantization", int8, make)]
+        return [QuantizedLayer(**layer) for layer in self._kept("quantization", quantized, make)]
+
+    def _subjects(self) -> list[Subject]:
+        details = {stage: manifest.details for stage, manifest in self.manifests.items()}
+        return [self._possible(subject) for subject in subjects(details)]
 
     def _possible(self, subject: Subject) -> Subject:
         """The row, left out where the kernels do not know this model's sizes."""

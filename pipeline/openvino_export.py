@@ -53,7 +53,7 @@ def export_openvino(
         ir = openvino.Core().read_model(traced)
         if int8 is not None:
             compress_weights(ir, int8)
-        _name_nodes(ir)
+        name_nodes(ir)
         openvino.save_model(ir, folder / IR_NAME, compress_to_fp16=compress_to_fp16)
         del ir  # it maps the scratch files
     config = copy.deepcopy(model.config)
@@ -100,7 +100,7 @@ def _save_tokenizer_irs(openvino: Any, tokenizer: Any, folder: Path) -> None:
         from openvino_tokenizers import convert_tokenizer
 
         for ir, name in zip(convert_tokenizer(tokenizer, with_detokenizer=True), TOKENIZER_IRS, strict=True):
-            _name_nodes(ir, name)
+            name_nodes(ir, name)
             openvino.save_model(ir, folder / f"{name}.xml")
 
 
@@ -143,7 +143,7 @@ def _trace(model: CompactGPT2LMHeadModel, folder: Path) -> None:
     )
 
 
-def _name_nodes(ir: Any, name: str = "compact_gpt2") -> None:
+def name_nodes(ir: Any, name: str = "compact_gpt2") -> None:
     """Number nodes and tensors that openvino named from a process-wide counter: the same model, the same bytes."""
     counted = re.compile(r"^([A-Za-z]\w*?)_\d+(\.\d+)?$")
     ir.set_friendly_name(name)
@@ -151,7 +151,7 @@ def _name_nodes(ir: Any, name: str = "compact_gpt2") -> None:
         if match := counted.match(node.get_friendly_name()):
             node.set_friendly_name(f"{match[1]}_{index}")
         for output in node.outputs():
-            number = f"{index}_{output.get_index()}"
+            number = f"{index}.{output.get_index()}"
             output.set_names({counted.sub(rf"\1_{number}", tensor) for tensor in output.get_names()})
 
 

@@ -74,6 +74,12 @@ class Quantize(Strict):
     """INT8 weights for the CPU. `ignore` holds regular expressions of module names that stay FP32."""
 
     method: Literal["rtn", "gptq"] = "rtn"
+    bits: Literal[8, "mixed"] = 8
+    """`mixed`: the layers that mind it least go to 4 bits, as many as the budget allows."""
+    budget: Annotated[float, Field(ge=1)] = 1.01
+    """With `mixed`: perplexity on the calibration text over that in FP32, at most."""
+    w8a8: bool = False
+    """Whether activations are quantised too, in an IR of its own to compare with."""
     ignore: list[str] = []
     calibration_samples: Positive = 32
     block_size: Annotated[int, Field(ge=2)] = 256

@@ -60,7 +60,7 @@ def fp32_ir(results: Results, row: Row, value: Callable[[Row], object]) -> Row |
 def int8_row(results: Results) -> Row | None:
     """The measured INT8 row of the chain."""
     rows = measured(results, lambda row: row.quality or row.latency or row.bytes_on_disk)
-    return next((row for row in rows if row.stage == "quantize" and row.precision == "int8"), None)
+    return next((row for row in rows if row.stage == "quantize" and row.role == "chain"), None)
 
 
 def reference(results: Results, row: Row) -> Row | None:

@@ -20,6 +20,8 @@ _HINTS: dict[str, dict[str, str]] = {
     "fp16": _TRUE_FP32,
     "bf16": {"INFERENCE_PRECISION_HINT": "bf16"},
     "int8": {},
+    "int4-int8": {},
+    "w8a8": {},
 }
 _PRODUCT = re.compile(r"__module\.(.+)/aten::linear/(MatMul|Add)$")
 _STATED = (
@@ -66,8 +68,9 @@ class OpenVINOEngine:
         """Load the IR in `folder`.
 
         `fp32` and `fp16` (weights stored as such) compute in true FP32, keys and values too; `bf16` computes
-        an FP32 IR in bf16; `int8` runs INT8 weights with OpenVINO's defaults for this CPU. `None` takes what
-        the IR holds. `threads` defaults to OpenVINO's choice. `compute` tells what came to be in force.
+        an FP32 IR in bf16; `int8`, `int4-int8` (some matrices in 4 bits) and `w8a8` (activations too) run with
+        OpenVINO's defaults for this CPU. `None` takes what the IR holds. `threads` defaults to OpenVINO's
+        choice. `compute` tells what came to be in force.
 
         Raises `UserError` where openvino is not installed, the folder holds no IR or a damaged one, the
         precision does not fit the IR, or the CPU has no bf16.
@@ -205,13 +208,17 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _held_precision(ir: Any) -> str:
-    """What the IR's weights are stored as: INT8 if any is, else the type of its matrices."""
+    """What the IR's weights are stored as: integers if any is, else the type of its matrices."""
+    nodes = ir.get_ordered_ops()
+    if any(node.get_type_name() == "FakeQuantize" for node in nodes):
+        return "w8a8"
     types = {
         node.get_output_element_type(0).get_type_name()
-        for node in ir.get_ordered_ops()
-        if node.get_type_name() == "Constant" and len(node.get_output_shape(0)) == 2
+        for node in nodes
+        if node.get_type_name() == "Constant" and len(node.get_output_shape(0)) >= 2
     }
-    return "int8" if "i8" in types else "fp16" if "f16" in types else "fp32"
+    kinds = (("i4", "int4-int8"), ("i8", "int8"), ("f16", "fp16"))
+    return next((precision for kind, precision in kinds if kind in types), "fp32")
 
 
 def _check_fits(folder: Path, held: str, precision: str) -> None:

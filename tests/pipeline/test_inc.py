@@ -9,7 +9,7 @@ from eval.errors import UserError
 from pipeline.data import TokenBlocks
 from pipeline.inc import INCQuantizer, WeightOnlyConfig
 from pipeline.model import CompactGPT2Config, CompactGPT2LMHeadModel
-from pipeline.model.int8 import HalfEmbedding, Int8Embedding, Int8Linear
+from pipeline.model.quantized import HalfEmbedding, QuantizedEmbedding, QuantizedLinear
 
 KEPT = [[0, 1, 2, 3, 4], [3], [0, 2, 4]]
 IDS = torch.randint(0, 101, (3, 23), generator=torch.Generator().manual_seed(3))
@@ -48,7 +48,7 @@ def test_rtn_is_round_to_nearest(model: CompactGPT2LMHeadModel) -> None:
     assert not _linears(quantized)
     for name, original in _linears(model).items():
         layer = quantized.get_submodule(name)
-        assert isinstance(layer, Int8Linear)
+        assert isinstance(layer, QuantizedLinear)
         codes, scale = _numpy_rtn(original.weight.detach().numpy())
         np.testing.assert_array_equal(layer.weight.numpy(), codes)
         np.testing.assert_allclose(layer.scale.numpy(), scale, rtol=1e-7)
@@ -75,7 +75,7 @@ def test_forward_is_that_of_the_dequantised_weights(model: CompactGPT2LMHeadMode
 def test_embedding_shares_the_heads_tensor(model: CompactGPT2LMHeadModel) -> None:
     quantized = INCQuantizer.from_pretrained(model).quantize()
     embedding, head = quantized.transformer.wte, quantized.lm_head
-    assert isinstance(embedding, Int8Embedding) and isinstance(head, Int8Linear)
+    assert isinstance(embedding, QuantizedEmbedding) and isinstance(head, QuantizedLinear)
     assert embedding.weight is head.weight and embedding.scale is head.scale
     torch.testing.assert_close(embedding(IDS), (head.weight.float() * head.scale)[IDS])
     assert isinstance(quantized.transformer.wpe, HalfEmbedding)
@@ -105,7 +105,7 @@ def test_gptq_beats_rtn_on_its_calibration_inputs(model: CompactGPT2LMHeadModel,
 
     def output_error(quantized: CompactGPT2LMHeadModel, name: str) -> float:
         layer, original = quantized.get_submodule(name), model.get_submodule(name)
-        assert isinstance(layer, Int8Linear) and isinstance(original, nn.Linear)
+        assert isinstance(layer, QuantizedLinear) and isinstance(original, nn.Linear)
         change = original.weight - layer.weight.float() * layer.scale
         return (torch.cat(inputs[name]).flatten(0, -2) @ change.t()).norm().item()
 
@@ -130,7 +130,7 @@ def test_gptq_keeps_rows_without_negative_weights(model: CompactGPT2LMHeadModel,
         model.get_parameter("transformer.h.1.attn.c_proj.weight")[2].abs_()
     quantized = INCQuantizer.from_pretrained(model).quantize(WeightOnlyConfig("gptq"), blocks)
     layer = quantized.get_submodule("transformer.h.1.attn.c_proj")
-    assert isinstance(layer, Int8Linear)
+    assert isinstance(layer, QuantizedLinear)
     restored = layer.weight[2].float() * layer.scale[2]
     assert (restored - model.get_parameter("transformer.h.1.attn.c_proj.weight")[2]).abs().max() <= layer.scale[
         2

@@ -186,6 +186,6 @@ def test_memory_comes_from_a_fresh_process(run_copy: Path, tiny_recipe: Path) ->
 
 
 def test_control_rows_go_with_their_stages() -> None:
-    keys = [subject.key for subject in subjects(["load", "quantize"])]
+    keys = [subject.key for subject in subjects({"load": {}, "quantize": {}})]
     assert keys == [key for key in ORDER if key.split("/")[0] in ("load", "quantize")]
     assert {key.split("/")[0] for key in ORDER} == {stage.name for stage in STAGES} == set(BY_NAME)

@@ -1,36 +1,45 @@
-"""Layers over INT8 and FP16 weights, which compute in FP32: what INCQuantizer puts in the place of a model's own."""
+"""Layers over INT8, INT4 and FP16 weights, computing in FP32: what INCQuantizer puts in the place of a model's."""
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 
-class Int8Linear(nn.Module):
-    """`nn.Linear` over INT8: `weight` int8 `[out, in]`, `scale` FP32 `[out, 1]`, `bias` FP32 `[out]` or None."""
+class QuantizedLinear(nn.Module):
+    """`nn.Linear` over integer codes: `weight` int8 `[out, in]`, whatever their `bits`; `scale` FP32 `[out, groups]`,
+    one for each `in / groups` columns of a row; `bias` FP32 `[out]` or None.
+    """
 
     weight: torch.Tensor
     scale: torch.Tensor
     bias: torch.Tensor | None
 
-    def __init__(self, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None = None):
+    def __init__(self, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None = None, bits: int = 8):
         super().__init__()
         self.out_features, self.in_features = weight.shape
+        self.bits = bits
         self.register_buffer("weight", weight)
         self.register_buffer("scale", scale)
         self.register_buffer("bias", bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., in]` FP32 -> `[..., out]` FP32."""
-        return F.linear(x, self.weight.float() * self.scale, self.bias)
+        return F.linear(x, dequantized(self.weight, self.scale), self.bias)
 
 
-class Int8Embedding(nn.Module):
-    """`nn.Embedding` that shares the INT8 rows and scales of a tied `Int8Linear`."""
+def dequantized(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """The FP32 weights `[out, in]` that int8 `codes` `[out, in]` and FP32 `scale` `[out, groups]` stand for."""
+    grouped = codes.view(*scale.shape, -1).float()
+    return grouped.mul_(scale.unsqueeze(-1)).view(codes.shape)
+
+
+class QuantizedEmbedding(nn.Module):
+    """`nn.Embedding` that shares the INT8 rows and the scales `[rows, 1]` of a tied `QuantizedLinear`."""
 
     weight: torch.Tensor
     scale: torch.Tensor
 
-    def __init__(self, head: Int8Linear):
+    def __init__(self, head: QuantizedLinear):
         super().__init__()
         self.register_buffer("weight", head.weight)
         self.register_buffer("scale", head.scale)
