@@ -6,10 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
-import numpy as np
 import torch
 
 from eval.errors import UserError
+from pipeline.engines.paged import PagedRequest, page
 from pipeline.hardware import cpu_has_bf16
 from pipeline.openvino_export import IR_NAME, import_openvino
 
@@ -33,32 +33,29 @@ _STATED = (
 
 
 class OpenVINOEngine:
-    """A stateful IR on the CPU, as an `eval.engine.Engine`; keys and values live inside the infer request."""
+    """A stateful IR on the CPU, as an `eval.engine.Engine`; it is run in its paged form."""
 
     name = "openvino"
     device = "cpu"
 
     def __init__(
         self,
-        compile_ir: Callable[[bool, bool], Any],
+        compile_ir: Callable[[bool], Any],
         *,
         precision: str,
         context: int,
         vocab_size: int,
         counting: bool = False,
     ):
-        """`compile_ir(last_only, counting)` compiles the IR.
-
-        `last_only`: logits of the last position alone; `counting`: with the time of each node.
-        """
+        """`compile_ir(counting)` compiles the paged IR; `counting`: with the time of each node."""
         self.precision = precision
         self.context = context
         self.vocab_size = vocab_size
         self._compile = compile_ir
-        compiled = compile_ir(True, counting)
-        self.compute = ", ".join(f"{key}={_text(compiled.get_property(key))}" for key in _STATED)
-        self._request = compiled.create_infer_request()
-        self._all_positions: Any = None
+        self._compiled = compile_ir(counting)
+        self.compute = ", ".join(f"{key}={_text(self._compiled.get_property(key))}" for key in _STATED)
+        self._request = PagedRequest(self._compiled)
+        self._all_positions = PagedRequest(self._compiled)
         self._past = 0
         self._steps = self._steps_told = 0
         self._told: dict[str, float] = {}
@@ -94,10 +91,9 @@ class OpenVINOEngine:
             _check_fits(folder, held, precision)
             hints = {**options, **_HINTS[precision]}
 
-            def compile_ir(last_only: bool, counting: bool) -> Any:
-                ir = core.read_model(xml)
+            def compile_ir(counting: bool) -> Any:
                 properties = {**hints, "PERF_COUNT": "YES" if counting else "NO"}
-                return core.compile_model(_last_position_only(ir) if last_only else ir, "CPU", properties)
+                return core.compile_model(page(core.read_model(xml)), "CPU", properties)
 
             return cls(compile_ir, precision=precision, context=config["n_positions"], vocab_size=config["vocab_size"])
         except RuntimeError as error:
@@ -109,17 +105,16 @@ class OpenVINOEngine:
 
         Raises `UserError` where the sequence is longer than the context.
         """
-        if self._all_positions is None:
-            self._all_positions = self._compile(False, False).create_infer_request()
-        self._all_positions.reset_state()
-        return torch.from_numpy(self._infer(self._all_positions, input_ids, past=0).copy())
+        length = input_ids.shape[1]
+        self._check_room(length)
+        ids = input_ids.numpy()
+        return torch.from_numpy(self._all_positions.infer(ids, past=0, capacity=length, last_only=False).copy())
 
     def prefill(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Forget the past, read a prompt. `[batch, length]` int64 -> the next token's logits `[batch, vocab]` FP32.
 
         Raises `UserError` where the prompt is longer than the context.
         """
-        self._request.reset_state()
         self._past = 0
         return self._step(input_ids)
 
@@ -139,7 +134,7 @@ class OpenVINOEngine:
     def operator_times(self) -> list[tuple[str, str, float]]:
         """Node name, kind with the kernel that ran, and its mean milliseconds in the steps since last asked."""
         found, steps = [], max(1, self._steps - self._steps_told)
-        for node in self._request.profiling_info:
+        for node in self._request.request.profiling_info:
             total = self._steps * 1000 * node.real_time.total_seconds()  # OpenVINO tells the mean of all steps
             mean = max(0.0, total - self._told.get(node.node_name, 0.0)) / steps
             self._told[node.node_name] = total
@@ -158,42 +153,16 @@ class OpenVINOEngine:
         """Nothing to wait for: `infer` returns when it is done."""
 
     def _step(self, input_ids: torch.Tensor) -> torch.Tensor:
-        logits = self._infer(self._request, input_ids, self._past)
-        self._past += input_ids.shape[1]
+        total = self._past + input_ids.shape[1]
+        self._check_room(total)
+        logits = self._request.infer(input_ids.numpy(), past=self._past, capacity=self.context, last_only=True)
+        self._past = total
         self._steps += 1
-        return torch.from_numpy(logits[:, -1].copy())
+        return torch.from_numpy(logits[:, 0].copy())
 
-    def _infer(self, request: Any, input_ids: torch.Tensor, past: int) -> np.ndarray:
-        """Logits `[batch, length or 1, vocab]` in the request's own memory, valid until the next run."""
-        batch, length = input_ids.shape
-        total = past + length
+    def _check_room(self, total: int) -> None:
         if total > self.context:
             raise UserError(f"the sequence would have {total} tokens, the model's context is {self.context}")
-        positions = np.arange(past, total, dtype=np.int64)
-        request.infer(
-            {
-                "input_ids": np.ascontiguousarray(input_ids.numpy()),
-                "attention_mask": np.ones((batch, total), dtype=np.int64),
-                "position_ids": np.ascontiguousarray(np.broadcast_to(positions, (batch, length))),
-                "beam_idx": np.arange(batch, dtype=np.int32),
-            },
-            share_inputs=True,
-        )
-        return request.get_output_tensor(0).data
-
-
-def _last_position_only(ir: Any) -> Any:
-    """The IR with the LM head applied to the last position alone: a prompt needs no other logits."""
-    from openvino import opset13 as ops
-
-    head = ir.output(0).get_node().input_value(0).get_node()
-    while head.get_type_name() != "MatMul":
-        head = head.input_value(0).get_node()
-    hidden = head.input_value(0)
-    last = ops.slice(hidden, start=[-1], stop=[np.iinfo(np.int64).max], step=[1], axes=[1])
-    head.input(0).replace_source_output(last.output(0))
-    ir.validate_nodes_and_infer_types()
-    return ir
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -213,3 +213,16 @@ def test_kernels_name_what_multiplies_each_matrix(irs: dict[str, Path], model: C
     kernels = OpenVINOEngine.from_folder(irs["int8"]).kernels()
     assert kernels.keys() == {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     assert all(kernel.startswith("FullyConnected") for kernel in kernels.values())
+
+
+def test_memory_that_held_other_things_does_no_harm(irs: dict[str, Path], model: CompactGPT2LMHeadModel) -> None:
+    """Blocks of keys and values are not cleared: what they held, even NaN, must not come through."""
+    engine = OpenVINOEngine.from_folder(irs["fp32"])
+    engine.prefill(_ids(3, 30))
+    for name in engine._request._caches:
+        engine._request.request.get_tensor(name).data[:] = float("nan")
+    ids = _ids(2, 9)
+    with torch.no_grad():
+        wanted = model(ids).logits
+    torch.testing.assert_close(engine.prefill(ids[:, :8]), wanted[:, 7], atol=1e-4, rtol=0)
+    torch.testing.assert_close(engine.decode(ids[:, 8]), wanted[:, 8], atol=1e-4, rtol=0)

@@ -119,7 +119,7 @@ def test_the_ir_computes_the_same_and_is_smaller(model: CompactGPT2LMHeadModel, 
         quantized = INCQuantizer(model).quantize(WeightOnlyConfig(four_bit=four_bit), save_directory=tmp_path / name)
         engine = OpenVINOEngine.from_folder(tmp_path / name)
         assert engine.precision == ("int4-int8" if four_bit else "int8")
-        assert distance(engine.logits(IDS), quantized(IDS).logits.detach()) < 1e-4
+        assert distance(engine.logits(IDS), quantized(IDS).logits.detach()) < 1e-3  # FP16 keys and values
         sizes[name] = (tmp_path / name / IR_NAME).with_suffix(".bin").stat().st_size
     codes = sum(model.get_parameter(f"{name}.weight").numel() for name in FITTING)
     scales = 4 * (codes // 64 - sum(len(model.get_parameter(f"{name}.weight")) for name in FITTING))
