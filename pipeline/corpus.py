@@ -57,8 +57,8 @@ class TextFile:
         text, start, ended = b"", 0, False
         while True:
             if not ended and len(text) - start < LONGEST + len(_MARK):
-                more = file.read(LONGEST)
-                text, start, ended = text[start:] + more, 0, len(more) < LONGEST
+                more = file.read(LONGEST + len(_MARK))
+                text, start, ended = text[start:] + more, 0, len(more) < LONGEST + len(_MARK)
             if start == len(text) and ended:
                 return
             end = text.find(_MARK, start, start + LONGEST + len(_MARK))
