@@ -109,7 +109,9 @@ class HubRows:
                 row = next(rows, None)
             except Exception as error:  # the network, the format, the disk: datasets raises many kinds
                 reason = (str(error).splitlines() or [type(error).__name__])[0]
-                raise UserError(f"text {self.name}: breaks off ({reason}); run the same command to go on") from error
+                raise UserError(
+                    f"text {self.name}: breaks off ({reason}); mend it and run the same command to go on"
+                ) from error
             if row is None:
                 return
             if "text" not in row:
@@ -117,8 +119,7 @@ class HubRows:
             text = row["text"]
             if not isinstance(text, str | None):
                 raise UserError(f"text {self.name}: a row holds {type(text).__name__}; every row must be text")
-            # JSON can name half characters; kept, they are counted as bad encodings like a file's.
-            yield (text or "").encode(errors="surrogatepass")
+            yield (text or "").encode()
 
 
 def sources(names: Sequence[str]) -> list[Source]:

@@ -30,7 +30,9 @@ TOKENIZER, TOKENIZER_FILE = "tokenizer", "tokenizer.json"
 BATCH_BYTES = 1 << 20
 """Text a process is given at a time, and at most lost by a kill for each that works or waits."""
 SPLITS = ("train", "val")
-COUNTS = ("documents", EMPTY, BAD_ENCODING, "duplicates")
+KEPT, DUPLICATE = "kept", "duplicates"
+FATES = (KEPT, DUPLICATE, EMPTY, BAD_ENCODING)
+"""What becomes of documents, each of one."""
 _REPORT_SECONDS = 5.0
 
 
@@ -43,9 +45,6 @@ class State:
     """Of the source being read; `None`: at its beginning."""
     kept: int = 0
     tokens: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
-    counts: list[dict[str, int]] = field(default_factory=list)
-    chains: list[str] = field(default_factory=list)
-    """Of each source the sha256, in hex, of the chain so far and its next document's sha256, from "" on."""
 
 
 def prepare(
@@ -67,9 +66,10 @@ def prepare(
     """
     if not 1 <= shard_tokens <= MOST_TOKENS:
         raise UserError(f"--shard-tokens {shard_tokens}: a shard can hold 1 to {MOST_TOKENS} tokens")
-    with RunFolder(out).locked(), disk_errors(out):
+    partial = out / f".{TOKENIZER}.partial"
+    with RunFolder(out).locked(), disk_errors(out), contextlib.ExitStack() as stack:
+        stack.callback(shutil.rmtree, partial, ignore_errors=True)
         corpus = sources(inputs)
-        partial = out / f".{TOKENIZER}.partial"
         choices = {
             "inputs": [{"name": source.name, "sha256": source.sha256()} for source in corpus],
             "tokenizer": _save_tokenizer(tokenizer, partial),
@@ -83,12 +83,11 @@ def prepare(
             _same(choices, manifest | {"inputs": [_only(given, "name", "sha256") for given in manifest["inputs"]]}, out)
             for split in SPLITS:
                 prepared_shards(out, split)  # which says so if one was damaged since
-            shutil.rmtree(partial)
         else:
             with contextlib.closing(_Journal(out, choices)) as journal:
                 replace_folder(partial, out / TOKENIZER)
                 _write(corpus, journal, out, choices, workers)
-                manifest = _manifest(choices, journal.state, out)
+                manifest = _manifest(choices, journal, out)
             save_json(manifest, out / MANIFEST)
             (out / STATE).unlink()
     return manifest
@@ -151,7 +150,10 @@ def _save_tokenizer(source: Path, folder: Path) -> dict[str, Any]:
 
 
 class _Journal:
-    """`state.db`: the choices, how far the work is, and the documents seen; kept on disk, not in memory."""
+    """`state.db`: the choices, how far the work is, what became of each source, and the documents seen.
+
+    All on disk, so that no corpus is too large to remember.
+    """
 
     def __init__(self, out: Path, choices: dict[str, Any]):
         path = out / STATE
@@ -161,13 +163,18 @@ class _Journal:
         try:
             self.database.execute("CREATE TABLE IF NOT EXISTS seen (digest BLOB PRIMARY KEY) WITHOUT ROWID")
             self.database.execute("CREATE TABLE IF NOT EXISTS state (choices TEXT, state TEXT)")
+            columns = ", ".join(f"{fate} INTEGER DEFAULT 0" for fate in FATES)
+            self.database.execute(
+                f"CREATE TABLE IF NOT EXISTS sources (number INTEGER PRIMARY KEY, chain BLOB DEFAULT x'', {columns})"
+            )
             row = self.database.execute("SELECT choices, state FROM state").fetchone()
         except sqlite3.DatabaseError:
             _damaged(path)
         if row is None:
-            inputs = len(choices["inputs"])
-            self.state = State(counts=[dict.fromkeys(COUNTS, 0) for _ in range(inputs)], chains=[""] * inputs)
+            self.state = State()
             self.database.execute("INSERT INTO state VALUES (?, ?)", (json.dumps(choices), ""))
+            numbers = ((number,) for number in range(len(choices["inputs"])))
+            self.database.executemany("INSERT INTO sources (number) VALUES (?)", numbers)
             self.commit()
         else:
             _same(choices, json.loads(row[0]), out)
@@ -176,6 +183,21 @@ class _Journal:
     def is_new(self, digest: bytes) -> bool:
         """Whether a document was not yet seen; it is from now on. Half a sha256 tells documents apart."""
         return self.database.execute("INSERT OR IGNORE INTO seen VALUES (?)", (digest[:16],)).rowcount == 1
+
+    def count(self, source: int, fate: str) -> None:
+        """One more document of a source met this fate."""
+        self.database.execute(f"UPDATE sources SET {fate} = {fate} + 1 WHERE number = ?", (source,))
+
+    def chain(self, source: int, digest: bytes) -> None:
+        """Hash a source's next document into the hash of those before: what stands for its sha256 if it has none."""
+        (before,) = self.database.execute("SELECT chain FROM sources WHERE number = ?", (source,)).fetchone()
+        after = hashlib.sha256(before + digest).digest()
+        self.database.execute("UPDATE sources SET chain = ? WHERE number = ?", (after, source))
+
+    def outcome(self) -> Iterator[tuple[str, dict[str, int]]]:
+        """Of each source its chain in hex and the count of each fate."""
+        for chain, *counts in self.database.execute(f"SELECT chain, {', '.join(FATES)} FROM sources ORDER BY number"):
+            yield chain.hex(), dict(zip(FATES, counts, strict=True))
 
     def commit(self) -> None:
         """From here a cut-off work goes on."""
@@ -187,21 +209,32 @@ class _Journal:
         self.database.close()
 
 
-def _batches(corpus: Sequence[Source], first: int, position: Any) -> Iterator[tuple[tuple[int, Any], list[bytes]]]:
-    """The corpus from a position on, a batch at a time, marked with its source and the position after it."""
+@dataclass
+class _Mark:
+    """What belongs to a batch: each document's source, and where in the corpus the batch ends."""
+
+    owners: list[int]
+    source: int = 0
+    position: Any = None
+
+
+def _batches(corpus: Sequence[Source], first: int, position: Any) -> Iterator[tuple[_Mark, list[bytes]]]:
+    """The corpus from a position on, a batch at a time; a batch may hold many small sources."""
+    mark, batch, size = _Mark([]), [], 0
     for number, source in enumerate(corpus[first:], first):
         if number == first and position is not None:
             source.position = position
-        batch: list[bytes] = []
-        size = 0
         for document in source.documents():
             batch.append(document)
+            mark.owners.append(number)
             size += len(document) + 64  # empty ones take room, too
             if size >= BATCH_BYTES:
-                yield (number, source.position), batch
-                batch, size = [], 0
-        if batch:
-            yield (number, source.position), batch
+                mark.source, mark.position = number, source.position
+                yield mark, batch
+                mark, batch, size = _Mark([]), [], 0
+    if batch:
+        mark.source, mark.position = number, source.position
+        yield mark, batch
 
 
 def _write(corpus: Sequence[Source], journal: _Journal, out: Path, choices: dict[str, Any], workers: int) -> None:
@@ -211,18 +244,15 @@ def _write(corpus: Sequence[Source], journal: _Journal, out: Path, choices: dict
     tokenizer = (out / TOKENIZER / TOKENIZER_FILE).read_text(encoding="utf-8")
     batches = _batches(corpus, state.source, state.position)
     for mark, documents in encoded(batches, tokenizer, choices["tokenizer"]["end_of_text"], choices["style"], workers):
-        state.source, state.position = mark
-        counts = state.counts[state.source]
-        for digest, ids in documents:
-            counts["documents"] += 1
-            if choices["inputs"][state.source]["sha256"] is None:
-                chain = bytes.fromhex(state.chains[state.source]) + digest
-                state.chains[state.source] = hashlib.sha256(chain).hexdigest()
+        for number, (digest, ids) in zip(mark.owners, documents, strict=True):
+            if choices["inputs"][number]["sha256"] is None:
+                journal.chain(number, digest)
             if isinstance(ids, str):
-                counts[ids] += 1
+                journal.count(number, ids)
             elif not journal.is_new(digest):
-                counts["duplicates"] += 1
+                journal.count(number, DUPLICATE)
             else:
+                journal.count(number, KEPT)
                 held_out = every and state.kept % every == 0 and state.tokens["val"] + len(ids) <= limit
                 split = "val" if held_out else "train"
                 writers[split].add(ids)
@@ -230,6 +260,7 @@ def _write(corpus: Sequence[Source], journal: _Journal, out: Path, choices: dict
                 state.kept += 1
         for writer in writers.values():
             writer.sync()
+        state.source, state.position = mark.source, mark.position
         journal.commit()
         progress.show(corpus[state.source].name)
     for writer in writers.values():
@@ -261,16 +292,15 @@ class _Progress:
             )
 
 
-def _manifest(choices: dict[str, Any], state: State, out: Path) -> dict[str, Any]:
-    inputs = [
-        given | ({} if given["sha256"] else {"documents_sha256": chain}) | counts
-        for given, chain, counts in zip(choices["inputs"], state.chains, state.counts, strict=True)
-    ]
+def _manifest(choices: dict[str, Any], journal: _Journal, out: Path) -> dict[str, Any]:
+    state, inputs = journal.state, []
+    for given, (chain, fates) in zip(choices["inputs"], journal.outcome(), strict=True):
+        content = {} if given["sha256"] else {"documents_sha256": chain}
+        inputs.append(given | content | {"documents": sum(fates.values())} | fates)
     return {
         **choices,
         "inputs": inputs,
-        **{key: sum(counts[key] for counts in state.counts) for key in COUNTS},
-        "kept": state.kept,
+        **{key: sum(given[key] for given in inputs) for key in ("documents", *FATES)},
         "tokens": sum(state.tokens.values()),
         "shards": [
             {"file": shard.path.name, "split": split, "tokens": shard.tokens, "sha256": sha256_file(shard.path)}

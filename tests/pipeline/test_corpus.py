@@ -25,7 +25,7 @@ def write(folder: Path, content: bytes, packed: bool) -> TextFile:
 
 
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("count", [0, 1, 2, 9])
+@pytest.mark.parametrize("count", [0, 2, 9])
 def test_marks_part_documents(count: int, packed: bool, tmp_path: Path) -> None:
     documents = [b"", b"one\n", b"<|endoftext", b"\xff\xfe", b"|>two " * 9, b" ", b"<|endoftext|", b"x" * 64, b"last"][
         :count
@@ -104,7 +104,7 @@ def dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     folder = tmp_path / "set"
     folder.mkdir()
-    rows = ["one", "", None, "vier ü\n", "half \ud83d", "6", "7"]
+    rows = ["one", "", None, "vier ü\n", "five", "6", "7"]
     for number, part in enumerate((rows[:3], rows[3:6], rows[6:])):
         lines = [json.dumps({"id": number, "text": text}) for text in part]
         (folder / f"train-{number}.jsonl").write_text("\n".join(lines))
@@ -118,7 +118,12 @@ def test_a_streamed_dataset_goes_on_from_any_row(dataset: Path) -> None:
     for number, (_, position) in enumerate(found):
         again = HubRows(name)
         again.position = json.loads(position)
-        assert walk(again) == found[number + 1 :]
+        rest = walk(again)
+        assert [document for document, _ in rest] == [document for document, _ in found[number + 1 :]]
+        for further, (_, later) in enumerate(rest, number + 1):  # a position reached by going on is one, too
+            once_more = HubRows(name)
+            once_more.position = json.loads(later)
+            assert list(once_more.documents()) == [document for document, _ in found[further + 1 :]]
 
 
 def test_datasets_without_text(dataset: Path, tmp_path: Path) -> None:
@@ -133,6 +138,6 @@ def test_datasets_without_text(dataset: Path, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=said):
             walk(HubRows(f"hub:{folder}:train"))
     (tmp_path / "bad1" / "train.jsonl").write_text('{"text": "a"}\n{"tex')
-    with pytest.raises(UserError, match="breaks off|cannot be loaded") as caught:
+    with pytest.raises(UserError, match=r"breaks off|cannot be loaded") as caught:
         walk(HubRows(f"hub:{tmp_path / 'bad1'}:train"))
     assert "\n" not in str(caught.value)

@@ -136,7 +136,7 @@ def test_each_order_is_a_permutation(count: int) -> None:
 
 
 def test_the_order_does_not_depend_on_machine_or_version() -> None:
-    assert [permuted(index, 10, "0,0") for index in range(10)] == [2, 5, 8, 7, 4, 9, 0, 3, 6, 1]
+    assert [permuted(index, 10, "0,0") for index in range(10)] == [8, 2, 4, 6, 0, 5, 1, 3, 9, 7]
 
 
 def test_every_place_is_as_likely() -> None:
