@@ -375,14 +375,7 @@ def export(
 
 @data.command()
 def prepare(
-    inputs: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="INPUT...",
-            help="Text files (.xz is unpacked; a line <|endoftext|> parts documents), folders of them (.txt, .txt.xz), "
-            "or hub:DATASET[@CONFIG]:SPLIT, streamed (a local folder in its format will do).",
-        ),
-    ],
+    inputs: Annotated[list[str], typer.Argument(metavar="INPUT...", help="Files, folders, hub:DATASET:SPLIT.")],
     out: Annotated[Path, typer.Option(help="The shards' folder; an interrupted preparation goes on there.")],
     tokenizer: Annotated[
         str, typer.Option(help="Whose tokens: embedded, a folder with tokenizer.json, or a Hub id such as gpt2.")
@@ -397,10 +390,13 @@ def prepare(
     style: Annotated[str, typer.Option(help="plain, or wikitext: put prose in WikiText's style first.")] = "plain",
     as_json: Json = False,
 ) -> Any:
-    """Tokenise a corpus into shards that llm.c and pretrain read: pretrain --set shards=OUT
+    """Tokenise a corpus into uint16 shards that llm.c and pretrain (--set shards=OUT) read.
 
-    Documents that occur again, are empty, or are not UTF-8 are counted and left out. OUT/manifest.json tells what
-    came from where. Memory does not grow with the corpus.
+    An INPUT is a text file (.xz is unpacked; <|endoftext|> parts its documents), a folder of .txt and .txt.xz, or
+    hub:DATASET[@CONFIG]:SPLIT, streamed; a local folder in the Hub's format will do as DATASET.
+
+    Documents that occur again, are empty, or are not UTF-8 are counted and left out; OUT/manifest.json tells what came
+    of which input. Memory does not grow with the text.
     """
     from pipeline import hardware
     from pipeline.prepare import prepare as work

@@ -86,7 +86,6 @@ class HubRows:
 
     def __init__(self, name: str):
         self.name, self.rows = name, hub_rows(name, streaming=True)
-        self._position: Any = None
 
     @property
     def position(self) -> Any:

@@ -189,6 +189,20 @@ def test_a_streamed_dataset_resumes_too(
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
+def test_small_files_share_a_batch(tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "BATCH_BYTES", 1 << 20)
+    commits: list[int] = []
+    monkeypatch.setattr(module._Journal, "commit", lambda journal: commits.append(journal.state.kept))
+    folder = tmp_path / "files"
+    folder.mkdir()
+    for number, document in enumerate(DOCUMENTS):
+        (folder / f"{number:03d}.txt").write_text(document)
+    (tmp_path / "one.txt").write_text(MARK.join(DOCUMENTS))
+    manifest = make(folder, tmp_path / "out", tokenizer)
+    assert commits == [0, 60] and [given["kept"] for given in manifest["inputs"]] == [1] * 60
+    assert make(tmp_path / "one.txt", tmp_path / "out1", tokenizer)["shards"] == manifest["shards"]
+
+
 def test_wikitext_style(tokenizer: Path, tiny_tokenizer: Any, tmp_path: Path) -> None:
     text = "A title\nPlain prose, well-known (1,000 words).\n"
     (tmp_path / "a.txt").write_text(f"{text}{MARK}only a title")
