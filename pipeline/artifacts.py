@@ -109,8 +109,15 @@ def git_commit() -> str | None:
         return None
 
 
-# What a full disk is called by safetensors and torch, which keep the system's error to themselves.
-_FULL = ("No space left", "quota exceeded", "PytorchStreamWriter failed", "iostream error", "unexpected pos")
+# What a full disk is called by safetensors, torch and SQLite, which keep the system's error to themselves.
+_FULL = (
+    "No space left",
+    "disk is full",
+    "quota exceeded",
+    "PytorchStreamWriter failed",
+    "iostream error",
+    "unexpected pos",
+)
 
 
 @contextlib.contextmanager

@@ -21,6 +21,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+data = typer.Typer(no_args_is_help=True, help="Make training data: see data prepare --help.")
+app.add_typer(data, name="data")
 
 Out = Annotated[Path, typer.Option(help="The run folder; stages that are up to date there are skipped.")]
 RecipeName = Annotated[str | None, typer.Option("--recipe", help="A preset (demo, gpt2) or a .yaml file.")]
@@ -371,9 +373,57 @@ def export(
     return folder
 
 
+@data.command()
+def prepare(
+    inputs: Annotated[list[str], typer.Argument(metavar="INPUT...", help="Files, folders, hub:DATASET:SPLIT.")],
+    out: Annotated[Path, typer.Option(help="The shards' folder; an interrupted preparation goes on there.")],
+    tokenizer: Annotated[
+        str, typer.Option(help="Whose tokens: embedded, a folder with tokenizer.json, or a Hub id such as gpt2.")
+    ] = "embedded",
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Tokenising processes, by default one a core; they decide no byte.")
+    ] = None,
+    shard_tokens: Annotated[int, typer.Option(min=1, help="Tokens a shard, of 2 bytes each.")] = 100_000_000,
+    validation_every: Annotated[
+        int, typer.Option(min=0, help="Of so many documents one is held out, up to one shard; 0: none.")
+    ] = 200,
+    style: Annotated[str, typer.Option(help="plain, or wikitext: put prose in WikiText's style first.")] = "plain",
+    as_json: Json = False,
+) -> Any:
+    """Tokenise a corpus into uint16 shards that llm.c and pretrain (--set shards=OUT) read.
+
+    An INPUT is a text file (.xz is unpacked; <|endoftext|> parts its documents), a folder of .txt and .txt.xz, or
+    hub:DATASET[@CONFIG]:SPLIT, streamed; a local folder in the Hub's format will do as DATASET.
+
+    Documents that occur again, are empty, or are not UTF-8 are counted and left out; OUT/manifest.json tells what came
+    of which input. Memory does not grow with the text.
+    """
+    from pipeline import hardware
+    from pipeline.prepare import prepare as work
+    from pipeline.prepare import summary
+    from pipeline.stages.load import resolve
+
+    if style not in ("plain", "wikitext"):
+        raise UserError(f"--style {style}: give plain or wikitext")
+    manifest = work(
+        inputs,
+        out,
+        resolve(tokenizer),
+        workers=workers or hardware.cpu()["cores"],
+        shard_tokens=shard_tokens,
+        validation_every=validation_every,
+        style=style,  # type: ignore[arg-type]
+    )
+    print(json.dumps(manifest) if as_json else f"{summary(manifest)}\nShards: {out}")
+    return manifest
+
+
 @app.command()
 def pretrain(
-    text: Annotated[Path, typer.Option(help="Training text (.txt or .txt.xz); more files may follow.")],
+    text: Annotated[
+        Path | None,
+        typer.Option(help="Training text (.txt or .txt.xz); more files may follow. Or: --set shards=FOLDER"),
+    ] = None,
     more: Annotated[list[Path] | None, typer.Argument(metavar="[FILE]...", help="More training text.")] = None,
     recipe: Annotated[str, typer.Option(help="A preset (mini) or a .yaml file.")] = "mini",
     out: Annotated[Path, typer.Option(help="Checkpoints, curve and model; resumes what is there.")] = Path("runs/mini"),
@@ -385,7 +435,11 @@ def pretrain(
     from pipeline.texts import load_text
 
     choices = load_recipe(Pretrain, recipe, set or [])
-    folder = train(choices, [text, *(more or [])], out, load_text(choices.validation))
+    files = [*([text] if text else []), *(more or [])]
+    if bool(files) == bool(choices.shards):
+        raise UserError("pretrain: give either --text FILES or --set shards=FOLDER (see data prepare)")
+    validation = choices.validation or ("embedded:valid" if files else None)
+    folder = train(choices, files, out, load_text(validation) if validation else None)
     print(f"Model: {folder}")
     return folder
 

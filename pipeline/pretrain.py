@@ -14,32 +14,45 @@ from eval.errors import UserError
 from eval.results import save_json
 from pipeline import hardware
 from pipeline.artifacts import RunFolder, disk_errors, replace_folder, sha256_file
-from pipeline.checkpoint import save_model
+from pipeline.checkpoint import load_tokenizer, save_model
 from pipeline.data import TokenBlocks, encode_many, read_text, tokenize_dataset
 from pipeline.model import CompactGPT2Config, CompactGPT2LMHeadModel
 from pipeline.optim import MuonAdamW, pretraining_groups
+from pipeline.prepare import MANIFEST, TOKENIZER, TOKENIZER_FILE, prepared_shards, read_manifest
 from pipeline.recipe import Pretrain
+from pipeline.shards import ShardBlocks, ShuffledBlocks
 from pipeline.training import arguments, collate, run
 from pipeline.wikitext import DOCUMENT_MARK, styled_documents
 
 
-def pretrain(recipe: Pretrain, files: Sequence[Path], out: Path, validation_text: str) -> Path:
-    """Train on `files`, resuming from the last checkpoint in `out`; returns the model folder.
+def pretrain(recipe: Pretrain, files: Sequence[Path], out: Path, validation_text: str | None) -> Path:
+    """Train on `files` or the recipe's shards, resuming from the last checkpoint in `out`; returns the model folder.
 
-    `out` receives `tokenizer/`, `tokens.npy` (uint16 blocks), `checkpoint-N/`, `curve.json` and,
-    at the end, `model/` in Hub format. Raises `UserError` for unusable text or a folder that was
-    begun with other choices.
+    Without a validation text the shards' held-out one is it. `out` receives `tokenizer/`, `tokens.npy`
+    (uint16 blocks; neither for shards), `checkpoint-N/`, `curve.json` and, at the end, `model/` in Hub format.
+    Raises `UserError` for unusable text or shards, or a folder that was begun with other choices.
     """
     with RunFolder(out).locked(), disk_errors(out):
         return _pretrain(recipe, files, out, validation_text)
 
 
-def _pretrain(recipe: Pretrain, files: Sequence[Path], out: Path, validation_text: str) -> Path:
-    _same_choices(recipe, files, out)
-    tokenizer = _tokenizer(recipe, files, out)
-    blocks = _blocks(recipe, files, tokenizer, out)
-    validation = tokenize_dataset(validation_text, tokenizer, recipe.model.n_positions)
-    validation = TokenBlocks(validation.tokens[: recipe.eval_blocks])
+def _pretrain(recipe: Pretrain, files: Sequence[Path], out: Path, validation_text: str | None) -> Path:
+    shards = Path(recipe.shards) if recipe.shards else None
+    blocks: TokenBlocks | ShuffledBlocks
+    if shards:
+        tokenizer = _shard_tokenizer(recipe, shards)
+        blocks = ShuffledBlocks(_shard_blocks(recipe, shards, "train", len(tokenizer)), recipe.seed)
+        _same_choices(recipe, _deciding(shards), out)
+    else:
+        _same_choices(recipe, files, out)
+        tokenizer = _tokenizer(recipe, files, out)
+        blocks = _blocks(recipe, files, tokenizer, out)
+    if shards and validation_text is None:
+        held_out = _shard_blocks(recipe, shards, "val", len(tokenizer))
+        validation = TokenBlocks(np.stack([held_out[i] for i in range(min(recipe.eval_blocks, len(held_out)))]))
+    else:
+        validation = tokenize_dataset(validation_text, tokenizer, recipe.model.n_positions)
+        validation = TokenBlocks(validation.tokens[: recipe.eval_blocks])
 
     set_seed(recipe.seed)
     shape = recipe.model
@@ -59,7 +72,7 @@ def _pretrain(recipe: Pretrain, files: Sequence[Path], out: Path, validation_tex
     )
     tokens_per_step = recipe.batch_size * recipe.accumulation * shape.n_positions
     print(
-        f"pretrain: {model.num_parameters():,} parameters, {blocks.tokens.size:,} tokens at hand, "
+        f"pretrain: {model.num_parameters():,} parameters, {len(blocks) * shape.n_positions:,} tokens at hand, "
         f"{recipe.steps} steps of {tokens_per_step:,} tokens",
         file=sys.stderr,
     )
@@ -88,6 +101,8 @@ def _pretrain(recipe: Pretrain, files: Sequence[Path], out: Path, validation_tex
             eval_steps=recipe.eval_steps,
             save_steps=recipe.save_steps,
             logging_steps=recipe.log_steps,
+            # Shards come shuffled; torch's sampler would hold a number for each of their blocks.
+            train_sampling_strategy="sequential" if shards else "random",
         ),
         train_dataset=blocks,
         data_collator=collate,
@@ -108,7 +123,7 @@ def _same_choices(recipe: Pretrain, files: Sequence[Path], out: Path) -> None:
         texts = {path.name: sha256_file(path) for path in files}
     except OSError as error:
         raise UserError(f"{error.filename}: {error.strerror}; give a readable text file") from error
-    choices = recipe.model_dump(mode="json", exclude=lengths) | {"files": texts}
+    choices = recipe.model_dump(mode="json", exclude=lengths | {"shards"}) | {"files": texts}
     path = out / "pretrain.json"
     try:
         begun = json.loads(path.read_text(encoding="utf-8")) if path.exists() else choices
@@ -117,6 +132,39 @@ def _same_choices(recipe: Pretrain, files: Sequence[Path], out: Path) -> None:
     if begun != choices:
         raise UserError(f"{out}: holds a training with another recipe or text; give another --out or delete it")
     save_json(choices, path)
+
+
+def _deciding(shards: Path) -> list[Path]:
+    """The files that tell shards from others: their manifest, or all, if they are another's."""
+    if read_manifest(shards) is not None:
+        return [shards / MANIFEST]
+    return [shards / TOKENIZER / TOKENIZER_FILE, *sorted(shards.glob("*.bin"))]
+
+
+def _shard_tokenizer(recipe: Pretrain, shards: Path) -> Any:
+    """The tokenizer that lies beside shards, if it and they are what the recipe wants."""
+    manifest = read_manifest(shards)
+    if manifest and manifest["style"] != recipe.style:
+        raise UserError(
+            f"{shards}: prepared with --style {manifest['style']}, but the recipe's style is {recipe.style}"
+        )
+    tokenizer = load_tokenizer(shards / TOKENIZER)
+    if len(tokenizer) > recipe.model.vocab_size:
+        raise UserError(
+            f"{shards}: its tokenizer has {len(tokenizer)} tokens; set model.vocab_size to that, "
+            f"not {recipe.model.vocab_size}"
+        )
+    return tokenizer
+
+
+def _shard_blocks(recipe: Pretrain, shards: Path, split: str, vocab_size: int) -> ShardBlocks:
+    blocks = ShardBlocks(prepared_shards(shards, split), recipe.model.n_positions, vocab_size)
+    if not len(blocks):
+        raise UserError(
+            f"{shards}: no {split} shard holds a block of {blocks.length} tokens; "
+            + ("prepare more text" if split == "train" else "set validation to a text")
+        )
+    return blocks
 
 
 def _documents(recipe: Pretrain, files: Iterable[Path]) -> Iterator[str]:

@@ -149,10 +149,15 @@ class Pretrain(Strict):
     name: str = "custom"
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     model: PretrainModel = PretrainModel()
+    shards: str | None = None
+    """In place of text: a folder that `data prepare` made, or any of llm.c's shards with a `tokenizer/`."""
     style: Literal["wikitext", "plain"] = "plain"
     tokenizer_bytes: Positive = 20_000_000
+    """How much of the text the tokenizer is trained on; shards bring their own."""
     max_bytes: Positive | None = None
-    validation: str = "embedded:valid"
+    """How much of the text is used; shards are used whole."""
+    validation: str | None = None
+    """A text as in `Data`; `null`: the shards' held-out one, or `embedded:valid`."""
     steps: Positive = 1000
     warmup_steps: Annotated[int, Field(ge=0)] = 100
     decay_steps: Annotated[int, Field(ge=0)] = 200

@@ -1,6 +1,7 @@
 """Where texts come from: the ones that ship, files, and datasets of the Hub."""
 
 from pathlib import Path
+from typing import Any
 
 from eval.errors import UserError
 from pipeline.data import read_text
@@ -23,7 +24,7 @@ def load_text(source: str) -> str:
             raise UserError(f"text {source}: no such split; give embedded:{'|'.join(SPLITS)}")
         return join_rows(read_text(ASSETS / "wikitext-2" / f"{rest}.txt").splitlines())
     if kind == "hub":
-        return _hub_text(source, rest)
+        return _hub_text(source)
     return join_rows(read_text(source).splitlines())
 
 
@@ -36,8 +37,9 @@ def raw_bytes(source: str) -> int | None:
     return len(read_text(path).encode())
 
 
-def _hub_text(source: str, rest: str) -> str:
-    name, _, split = rest.rpartition(":")
+def hub_rows(source: str, *, streaming: bool = False) -> Any:
+    """The rows of `hub:DATASET[@CONFIG]:SPLIT`, streamed or whole. Raises `UserError` if they cannot be had."""
+    name, _, split = source.removeprefix("hub:").rpartition(":")
     dataset, _, config = name.partition("@")
     if not dataset or not split:
         raise UserError(
@@ -48,10 +50,14 @@ def _hub_text(source: str, rest: str) -> str:
     except ImportError as error:
         raise UserError(f"text {source}: needs the datasets package; pip install datasets, or give a file") from error
     try:
-        rows = load_dataset(dataset, config or None, split=split)
+        return load_dataset(dataset, config or None, split=split, streaming=streaming)
     except Exception as error:  # datasets raises many kinds; each means that the text is not to be had
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"text {source}: cannot be loaded ({reason}); give a file or embedded:SPLIT instead") from error
+
+
+def _hub_text(source: str) -> str:
+    rows = hub_rows(source)
     if "text" not in rows.column_names:
         raise UserError(f"text {source}: has columns {rows.column_names}; one named 'text' is needed")
     text = "\n\n".join(rows["text"])

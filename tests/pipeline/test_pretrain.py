@@ -14,8 +14,11 @@ from transformers import Trainer, TrainerCallback
 from eval.errors import UserError, WorkError
 from pipeline.artifacts import sha256_tree
 from pipeline.checkpoint import load_model, load_tokenizer
+from pipeline.prepare import prepare
 from pipeline.pretrain import pretrain
 from pipeline.recipe import Pretrain, parse_recipe
+from pipeline.shards import ShardBlocks, ShuffledBlocks, find_shards
+from pipeline.training import collate
 from pipeline.wikitext import DOCUMENT_MARK
 
 CHOICES = {
@@ -103,6 +106,101 @@ def test_a_cut_off_training_goes_on_to_the_same_weights(
     assert (tmp_path / "cut" / "curve.json").read_text() == (tmp_path / "whole" / "curve.json").read_text()
 
 
+@pytest.fixture
+def shards(files: list[Path], tiny_folder: Path, tmp_path: Path) -> Path:
+    """The same text prepared, by a tokenizer of 269 tokens: about 40 blocks of 101 to train on."""
+    out = tmp_path / "shards"
+    prepare([str(path) for path in files], out, tiny_folder, workers=1, shard_tokens=2000, validation_every=4)
+    return out
+
+
+def on_shards(shards: Path, **changes: Any) -> Pretrain:
+    return recipe(shards=str(shards), model=CHOICES["model"] | {"n_positions": 101, "vocab_size": 280}, **changes)
+
+
+def test_a_training_on_shards_walks_their_order_and_resumes_in_any_epoch(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[list[int]] = []
+
+    def recording(rows: list[Any]) -> Any:
+        batch = collate(rows)
+        seen.extend(batch["input_ids"].tolist())
+        return batch
+
+    choices = on_shards(shards, steps=24, eval_steps=1000)
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.pretrain.collate", recording)
+        whole = pretrain(choices, [], tmp_path / "whole", None)
+    blocks = ShuffledBlocks(ShardBlocks(find_shards(shards, "train"), 101, 280), choices.seed)
+    wanted = []
+    for epoch in range(3):
+        blocks.set_epoch(epoch)
+        wanted += [blocks[index]["input_ids"].tolist() for index in range(len(blocks))]
+    assert 2 * len(blocks) < 24 * 6 and seen[: 24 * 6] == wanted[: 24 * 6]  # into the third epoch
+
+    original = Trainer.train
+    steps_an_epoch = -(-len(blocks) // 6)
+    for stop in (2, steps_an_epoch // 2 * 2 + 2):  # within the first epoch, within the second
+        assert stop % steps_an_epoch
+
+        class StoppedThere(TrainerCallback):
+            def on_save(self, args, state, control, stop=stop, **kwargs):
+                if state.global_step == stop:
+                    raise KeyboardInterrupt
+
+        def pulled(self: Trainer, resume_from_checkpoint: Any = None, then: Any = StoppedThere) -> Any:
+            self.add_callback(then())
+            return original(self, resume_from_checkpoint)
+
+        cut = tmp_path / f"cut{stop}"
+        with monkeypatch.context() as patch:
+            patch.setattr(Trainer, "train", pulled)
+            with pytest.raises(KeyboardInterrupt):
+                pretrain(choices, [], cut, None)
+        assert sha256_tree(pretrain(choices, [], cut, None)) == sha256_tree(whole)
+        assert (cut / "curve.json").read_text() == (tmp_path / "whole" / "curve.json").read_text()
+
+
+def test_shards_of_llm_c_with_a_tokenizer_beside(shards: Path, validation: str, tmp_path: Path) -> None:
+    """No manifest, other names, no validation shard: a text stands in."""
+    foreign = tmp_path / "fineweb"
+    shutil.copytree(shards / "tokenizer", foreign / "tokenizer")
+    for number, path in enumerate(sorted(shards.glob("train_*.bin"))):
+        shutil.copy(path, foreign / f"fineweb_train_{number:06d}.bin")
+    choices = on_shards(foreign, steps=5)
+    with pytest.raises(UserError, match="no val shard holds a block of 101 tokens; set validation to a text"):
+        pretrain(choices, [], tmp_path / "out", None)
+    pretrain(choices, [], tmp_path / "out", validation)
+    moved = foreign.rename(tmp_path / "moved")
+    pretrain(on_shards(moved, steps=6), [], tmp_path / "out", validation)
+    (moved / "fineweb_train_000000.bin").unlink()
+    with pytest.raises(UserError, match="another recipe or text"):
+        pretrain(on_shards(moved, steps=6), [], tmp_path / "out", validation)
+
+
+def test_shards_that_do_not_fit(shards: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    small = recipe(shards=str(shards), model=CHOICES["model"] | {"vocab_size": 268})
+    for choices, said in (
+        (small, "its tokenizer has 269 tokens; set model.vocab_size to that, not 268"),
+        (on_shards(shards, style="wikitext"), "prepared with --style plain, but the recipe's style is wikitext"),
+        (on_shards(tmp_path / "nowhere"), "nowhere/tokenizer: no usable tokenizer"),
+        (
+            recipe(shards=str(shards), model=CHOICES["model"] | {"n_positions": 3000, "vocab_size": 280}),
+            "no train shard",
+        ),
+    ):
+        with pytest.raises(UserError, match=said) as caught:
+            pretrain(choices, [], out, None)
+        assert "\n" not in str(caught.value)
+    assert not (out / "pretrain.json").exists()
+    path = shards / "train_000001.bin"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(UserError, match=r"train_000001\.bin: the header says 2000 tokens, the file holds 1999\.5"):
+        pretrain(on_shards(shards), [], out, None)
+
+
 def test_the_length_may_change_nothing_else(files: list[Path], validation: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
     pretrain(recipe(), files, out, validation)
@@ -176,3 +274,6 @@ def test_the_command(cli, files: list[Path], tiny_texts: dict[str, Path], tmp_pa
     assert "pretrain: step 6/6" in err
     code, stdout, err = cli("pretrain", "--recipe", path, *words, "--out", tmp_path / "out", "--set", "seed=9")
     assert (code, stdout, len(err.splitlines())) == (2, "", 1) and err.startswith("error: ")
+    for given in ((), (*words, "--set", "shards=somewhere")):
+        code, stdout, err = cli("pretrain", "--recipe", path, *given, "--out", tmp_path / "out")
+        assert (code, stdout, err.count("\n")) == (2, "", 1) and "either --text FILES or --set shards=FOLDER" in err
