@@ -1,4 +1,4 @@
-"""The report of a run, from its `results.json` alone: figures, `report.html` in one file, `report.md`."""
+"""The report of a run, from its `results.json` alone: figures, `report.html` in one file, `report.md`; and of two."""
 
 import base64
 import re
@@ -6,15 +6,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from eval.errors import UserError
 from eval.results import Results, load_results, save_text
-from plots import FIGURES, agreement, findings, quality, quantization, tasks, tradeoff
+from plots import FIGURES, agreement, findings, quality, quantization, tasks, tradeoff, versus
+from plots.numbers import NONE
 from plots.rows import by_kind, count, measured
 from plots.table import COLUMNS, legend, lines, markdown, markdown_table
 from plots.table import text_table as table
 
-__all__ = ["markdown_table", "table", "templates", "write_report"]
+__all__ = ["markdown_table", "table", "templates", "write_comparison", "write_report"]
 
 _TEMPLATES = Path(__file__).parent / "templates"
+_PARTS = ("recipe", "machine", "versions")
 _CAPTIONS = {
     "tradeoff": (
         "Perplexity against decode latency",
@@ -50,6 +53,45 @@ def write_report(run_folder: Path) -> Path:
     for name in ("report.md", "report.html"):
         save_text(environment.get_template(f"{name}.j2").render(facts), run_folder / name)
     return run_folder / "report.html"
+
+
+def write_comparison(a: Path, b: Path, out: Path | None = None) -> tuple[Path, versus.Comparison]:
+    """Write one page with the run folders `a` and `b` side by side; return its path and what it compares.
+
+    By default the page is `against-A.html` in B. Raises `UserError` where a results.json is missing, damaged or of
+    another schema, where both are one run, and where `out` is a folder or in none.
+    """
+    if a.resolve() == b.resolve():
+        raise UserError(f"{a} and {b} are one run; give two")
+    path = out or b / f"against-{a.resolve().name}.html"
+    if path.is_dir() or not path.parent.is_dir():
+        raise UserError(f"--out {path}: give a file, such as comparison.html, in a folder that exists")
+    results = [load_results(folder / "results.json") for folder in (a, b)]
+    found = versus.compare(*results)
+    runs = [each.run for each in results]
+    page = (
+        templates()
+        .get_template("comparison.html.j2")
+        .render(
+            title=f"Headroom: {runs[0].get('name', 'run')} against {runs[1].get('name', 'run')}",
+            runs=[("A", a, runs[0]), ("B", b, runs[1])],
+            summary=found.summary,
+            tables=found.tables,
+            columns=versus.COLUMNS,
+            lone=found.lone,
+            caveats=found.caveats,
+            differences={part: _differences(*(run.get(part) or {} for run in runs)) for part in _PARTS},
+        )
+    )
+    save_text(page, path)
+    return path, found
+
+
+def _differences(a: dict[str, Any], b: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """The keys that the two hold different values for, with both values; a dash where one has no such key."""
+    ours, theirs = dict(flat(a)), dict(flat(b))
+    pairs = ((key, ours.get(key, NONE), theirs.get(key, NONE)) for key in dict.fromkeys([*ours, *theirs]))
+    return [pair for pair in pairs if pair[1] != pair[2]]
 
 
 def templates() -> Any:
