@@ -2,6 +2,7 @@
 
 import base64
 import re
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -73,9 +74,10 @@ def write_comparison(a: Path, b: Path, out: Path | None = None) -> tuple[Path, v
         templates()
         .get_template("comparison.html.j2")
         .render(
-            title=f"Headroom: {runs[0].get('name', 'run')} against {runs[1].get('name', 'run')}",
+            title=f"Headroom: {b} against {a}",
             runs=[("A", a, runs[0]), ("B", b, runs[1])],
             summary=found.summary,
+            drawn=_ratios(found),
             tables=found.tables,
             columns=versus.COLUMNS,
             lone=found.lone,
@@ -85,6 +87,24 @@ def write_comparison(a: Path, b: Path, out: Path | None = None) -> tuple[Path, v
     )
     save_text(page, path)
     return path, found
+
+
+def _ratios(found: versus.Comparison) -> dict[str, str] | None:
+    """The figure of a comparison; `None` where no ratio is."""
+    from plots import style
+
+    figure = versus.draw(found)
+    if figure is None:
+        return None
+    shown = " and ".join(table.title.partition(" (")[0].lower() for table in found.tables)
+    alt = f"Points: the ratio B/A of each row on a log scale, for {shown}; the numbers stand in the tables."
+    with tempfile.TemporaryDirectory() as folder:
+        *_, drawing = style.save(figure, Path(folder), "ratios")
+        return {"name": "ratios", "title": "Ratios", "alt": alt, "data": _encoded(drawing)}
+
+
+def _encoded(path: Path) -> str:
+    return base64.b64encode(path.read_bytes()).decode("ascii")
 
 
 def _differences(a: dict[str, Any], b: dict[str, Any]) -> list[tuple[str, str, str]]:
@@ -153,7 +173,7 @@ def _figure(name: str, path: Path, results: Results) -> dict[str, str]:
         "name": name,
         "title": title,
         "alt": f"{alt}{_extent(name, results)}.",
-        "data": base64.b64encode(path.read_bytes()).decode("ascii"),
+        "data": _encoded(path),
     }
 
 

@@ -2,25 +2,31 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from eval.results import Results, Row, Timing
-from eval.statistics import ratio
-from plots.numbers import NONE, megabytes, milliseconds, perplexity
-from plots.rows import by_kind, count, label, same_text
+from eval.statistics import Ratio, ratio
+from plots import style
+from plots.numbers import NONE, megabytes, milliseconds, perplexity, significant
+from plots.rows import by_kind, count, label, labels, same_text
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 COLUMNS = ("row", "A", "B", "B/A", "verdict on B")
 _Pair = tuple[Row | None, Row | None]
 
 
 class Line(NamedTuple):
-    """One row of a measure as text. `interval` is the ratio's 95 % one, empty where there is none."""
+    """One row of a measure as text, and its ratio as numbers too. `interval`, of 95 %, is empty where there is none."""
 
     row: Row
     a: str
     b: str
     ratio: str
     interval: str
+    value: Ratio | None
     verdict: str
     """`faster`, `alike`, ...; else why there is no ratio."""
 
@@ -108,16 +114,18 @@ def _line(measure: _Measure, a: Row | None, b: Row | None, apart: str) -> Line |
         return None
     left, right = (NONE if value is None else measure.show(_middle(value)) for value in (ours, theirs))
     if a is None or b is None or ours is None or theirs is None:
-        return Line(row, left, right, NONE, "", f"in {'B' if ours is None else 'A'} only")
+        return Line(row, left, right, NONE, "", None, f"in {'B' if ours is None else 'A'} only")
     if why := measure.barrier(a, b) or (apart if isinstance(ours, Timing) else ""):
-        return Line(row, left, right, NONE, "", f"not comparable: {why}")
+        return Line(row, left, right, NONE, "", None, f"not comparable: {why}")
     if isinstance(ours, Timing) and isinstance(theirs, Timing):
-        value, low, high = ratio(theirs, ours, interleaved=False)
-        verdict = measure.less if high < 1 else measure.more if low > 1 else "not measurably different"
-        return Line(row, left, right, _ratio(value), f"{_ratio(low)} to {_ratio(high)}", verdict)
-    shown = _ratio(_middle(theirs) / _middle(ours))
-    verdict = "alike" if shown == "1.000" else measure.less if _middle(theirs) < _middle(ours) else measure.more
-    return Line(row, left, right, shown, "", verdict)
+        found = ratio(theirs, ours, interleaved=False)
+        between = f"{_ratio(found.low)} to {_ratio(found.high)}"
+        verdict = measure.less if found.high < 1 else measure.more if found.low > 1 else "not measurably different"
+    else:
+        value = _middle(theirs) / _middle(ours)
+        found, between = Ratio(value, value, value), ""
+        verdict = "alike" if _ratio(value) == "1.000" else measure.less if value < 1 else measure.more
+    return Line(row, left, right, _ratio(found.value), between, found, verdict)
 
 
 def _middle(value: Timing | float) -> float:
@@ -181,7 +189,7 @@ def _caveats(a: Results, b: Results, pairs: list[_Pair], apart: str) -> list[str
     elif any(ours.latency and theirs.latency for ours, theirs in both):
         found.append(
             "The runs were not timed in turns: an interval holds the scatter within each run, not what else changed on "
-            "the machine between them. `python -m pipeline bench` times models in turns."
+            "the machine between them. The verb bench times models in turns."
         )
     if a.run.get("versions") != b.run.get("versions"):
         found.append("Libraries differ in version: what differs between the runs may come from these.")
@@ -192,6 +200,48 @@ def _caveats(a: Results, b: Results, pairs: list[_Pair], apart: str) -> list[str
     if neither:
         found.append(f"Measured in neither run: {', '.join(neither)}.")
     return found
+
+
+def draw(comparison: Comparison) -> "Figure | None":
+    """Every ratio as a point on a log scale, a panel for each measure, with the 95 % interval where there is one."""
+    with style.look():
+        return _draw(comparison)
+
+
+def _draw(comparison: Comparison) -> "Figure | None":
+    tables = [table for table in comparison.tables if any(line.value for line in table.lines)]
+    rows = {line.row.key: line.row for table in tables for line in table.lines if line.value}
+    if not rows:
+        return None
+    places = {key: y for y, key in enumerate(rows)}
+    note = "Left of the dashed line B has less than A, which is better in every panel; whiskers: 95 % intervals."
+    figure = style.frame("B/A", 0.27 * len(rows) + 0.8, note, style.role_handles(list(rows.values())))
+    panels = figure.subplots(1, len(tables), sharey=True, squeeze=False)[0]
+    for axes, table in zip(panels, tables, strict=True):
+        for line in table.lines:
+            if found := line.value:
+                y = places[line.row.key]
+                axes.plot((found.low, found.high), (y, y), color=style.INK, linewidth=1)
+                axes.scatter(found.value, y, s=30, zorder=3, **style.fill(line.row))
+        axes.axvline(1, color=style.QUIET, linestyle="--", linewidth=1)
+        axes.set_title(table.title.partition(" (")[0])
+        _log_scale(axes, [line.value for line in table.lines if line.value])
+    style.name_bars(panels[0], labels(list(rows.values())))
+    for axes in panels[1:]:
+        axes.tick_params(axis="y", length=0)
+        axes.spines["left"].set_visible(False)
+        axes.grid(axis="x")
+    return figure
+
+
+def _log_scale(axes: "Axes", found: list[Ratio]) -> None:
+    """As far to the left of 1 as to the right, with three ticks that say their ratio."""
+    reach = max(1.02, *(max(ratio.high, 1 / ratio.low) for ratio in found))
+    axes.set_xscale("log")
+    axes.set_xlim(reach**-1.15, reach**1.15)
+    ticks = (reach**-0.8, 1.0, reach**0.8)
+    axes.set_xticks(ticks, [significant(tick) for tick in ticks])
+    axes.minorticks_off()
 
 
 def text_table(comparison: Comparison) -> str:
