@@ -64,10 +64,10 @@ def write_comparison(a: Path, b: Path, out: Path | None = None) -> tuple[Path, v
     """
     if a.resolve() == b.resolve():
         raise UserError(f"{a} and {b} are one run; give two")
+    results = [load_results(folder / "results.json") for folder in (a, b)]
     path = out or b / f"against-{a.resolve().name}.html"
     if path.is_dir() or not path.parent.is_dir():
         raise UserError(f"--out {path}: give a file, such as comparison.html, in a folder that exists")
-    results = [load_results(folder / "results.json") for folder in (a, b)]
     found = versus.compare(*results)
     runs = [each.run for each in results]
     page = (

@@ -60,9 +60,8 @@ def front(results: Results) -> list[str]:
     for kind, rows in by_kind(measured(results, lambda row: row.quality and row.latency)).items():
         best = set(pareto(_points(rows)))
         names = [name for name, point in zip(labels(rows), _points(rows), strict=True) if point in best]
-        found.append(
-            f"On the {kind}, no row is both faster and better than {' or '.join(filter(None, (', '.join(names[:-1]), names[-1])))}."
-        )
+        several = f"{', '.join(names[:-1])} or " if len(names) > 1 else ""
+        found.append(f"On the {kind}, no row is both faster and better than {several}{names[-1]}.")
     return found
 
 

@@ -20,8 +20,8 @@ class Browser:
         to_us, from_browser = os.pipe()
         quiet = ["--no-first-run", "--disable-gpu", "--disable-background-networking", "--disable-sync"]
         command = [CHROMIUM, "--headless", "--no-sandbox", *quiet, f"--user-data-dir={profile}"]
-        # The pipe's ends must be the descriptors 3 and 4, which only a shell can promise.
-        shell = ["sh", "-c", f'exec "$@" 3<&{to_browser} 4>&{from_browser}', "sh"]
+        # The pipe's ends must be the descriptors 3 and 4, which only a shell can promise; dash knows but one digit.
+        shell = ["bash", "-c", f'exec "$@" 3<&{to_browser} 4>&{from_browser}', "bash"]
         self._process = subprocess.Popen(
             [*shell, *command, "--remote-debugging-pipe"],
             pass_fds=(to_browser, from_browser),
@@ -84,9 +84,13 @@ class Browser:
         for kind in ("rawKeyDown", "keyUp"):
             self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code)
 
-    def screenshot(self) -> bytes:
-        """The whole page as PNG."""
-        return base64.b64decode(self.call("Page.captureScreenshot", captureBeyondViewport=True)["data"])
+    def screenshot(self, selector: str = "html") -> bytes:
+        """The first element that the CSS selector finds, by default the whole page, as PNG."""
+        box = self.ask(
+            f"""(({{x, y, width, height}}) => ({{x: x + scrollX, y: y + scrollY, width, height, scale: 1}}))(
+            document.querySelector({json.dumps(selector)}).getBoundingClientRect())"""
+        )
+        return base64.b64decode(self.call("Page.captureScreenshot", captureBeyondViewport=True, clip=box)["data"])
 
     def pdf(self) -> bytes:
         """The page as printed on A4."""
