@@ -184,7 +184,7 @@ def _extent(name: str, results: Results) -> str:
     if name == "agreement":
         return f"; {count(len(results.agreement.rows) if results.agreement else 0, 'row')}"
     if name == "heads":
-        return f"; {', '.join(results.heads)}"
+        return "".join(f"; {stage}: {heads.method}, {heads.scope} scope" for stage, heads in results.heads.items())
     if name == "learning_curves":
         ends = (
             f"{stage} from {curve[0].loss:.3f} to {curve[-1].loss:.3f}"

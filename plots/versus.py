@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLUMNS = ("row", "A", "B", "B/A", "verdict on B")
+COLUMNS = ("row", "A", "B", "B/A", "verdict")
 _Pair = tuple[Row | None, Row | None]
 
 

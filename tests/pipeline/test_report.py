@@ -111,6 +111,11 @@ def test_figures_are_embedded_with_words_for_those_who_cannot_see(full):
         assert kind == "data:image/svg+xml;base64"
         assert base64.b64decode(data) == (full[0] / "plots" / f"{name}.svg").read_bytes()
     assert "9 CPU rows" in images[0].get("alt")
+    assert (
+        images[FIGURES.index("heads")]
+        .get("alt")
+        .endswith("prune: taylor, global scope; control-random: random, global scope.")
+    )
 
 
 def test_report_says_all_that_is_known_of_the_run(full):
