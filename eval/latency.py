@@ -2,9 +2,8 @@
 
 import gc
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,60 +11,10 @@ from tqdm import tqdm
 
 from eval.engine import Engine
 from eval.errors import UserError
-from eval.results import Latency, Timing
+from eval.results import Latency
+from eval.statistics import Ratio, ratio, timing
 
-RESAMPLES = 2000
-_SEED = 20240229
-_BLOCK = 2**22  # resampled values held at once: 32 MiB
-
-
-class Ratio(NamedTuple):
-    """A ratio of two medians and its 95 % interval."""
-
-    value: float
-    low: float
-    high: float
-
-
-def timing(samples: Sequence[float] | np.ndarray) -> Timing:
-    """Percentiles (linear interpolation), mean, and the median's bootstrap interval, of samples in seconds.
-
-    The interval is the percentile bootstrap's (Efron and Tibshirani 1993, section 13.3), of
-    `RESAMPLES` resamples with a fixed seed. Raises `ValueError` without samples.
-    """
-    values = _values(samples)
-    p50, p90, p99 = np.percentile(values, [50, 90, 99]).tolist()
-    low, high = np.percentile(_resampled_medians(values, _SEED), [2.5, 97.5]).tolist()
-    return Timing(values.tolist(), len(values), float(values.mean()), p50, p90, p99, (low, high))
-
-
-def ratio(a: Timing, b: Timing) -> Ratio:
-    """Median of `a` over median of `b`, with a bootstrap 95 % interval.
-
-    Samples of one round share what the machine did in that round: where the counts are equal they are
-    resampled in pairs, else each side on its own.
-    """
-    first, second = _values(a.samples), _values(b.samples)
-    # The same seed and count draw the same rounds on both sides.
-    other_seed = _SEED if len(first) == len(second) else _SEED + 1
-    ratios = _resampled_medians(first, _SEED) / _resampled_medians(second, other_seed)
-    low, high = np.percentile(ratios, [2.5, 97.5]).tolist()
-    return Ratio(float(np.median(first) / np.median(second)), low, high)
-
-
-def _values(samples: Sequence[float] | np.ndarray) -> np.ndarray:
-    values = np.asarray(samples, dtype=np.float64)
-    if values.ndim != 1 or not values.size:
-        raise ValueError(f"samples must be a non-empty row, not of shape {values.shape}")
-    return values
-
-
-def _resampled_medians(values: np.ndarray, seed: int) -> np.ndarray:
-    """`[RESAMPLES]` medians of samples drawn from `values` with replacement."""
-    rng, count = np.random.default_rng(seed), len(values)
-    rows = max(1, _BLOCK // count)
-    blocks = [min(rows, RESAMPLES - done) for done in range(0, RESAMPLES, rows)]
-    return np.concatenate([np.median(values[rng.integers(0, count, (block, count))], axis=1) for block in blocks])
+__all__ = ["Ratio", "measure", "ratio", "timing"]
 
 
 def measure(

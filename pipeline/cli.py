@@ -333,13 +333,29 @@ def profile(
 
 
 @app.command()
-def report(run_folder: Annotated[Path, typer.Argument(help="A run folder with results.json.")]) -> Path:
-    """Draw figures and report again from results.json."""
+def report(
+    run_folder: Annotated[Path, typer.Argument(metavar="A", help="A run folder with results.json.")],
+    other: Annotated[
+        Path | None, typer.Argument(metavar="[B]", help="Another run: one page shows both side by side.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="That page's file; by default against-A.html in B.")] = None,
+) -> Path:
+    """Draw figures and report again from results.json; or compare two runs, row by row."""
     from eval.results import load_results
     from pipeline.artifacts import disk_errors
-    from pipeline.report import write_report
+    from pipeline.report import write_comparison, write_report
     from pipeline.runner import RESULTS
+    from plots.versus import text_table
 
+    if other is not None:
+        with disk_errors((out or other / "page").parent):
+            path, comparison = write_comparison(run_folder, other, out)
+        print(f"{text_table(comparison)}\n")
+        print("\n".join((*comparison.summary, *comparison.caveats)))
+        print(f"\nComparison: {path}")
+        return path
+    if out is not None:
+        raise UserError(f"--out {out}: goes with two runs; the report of one is {run_folder / 'report.html'}")
     results = load_results(run_folder / RESULTS)
     with disk_errors(run_folder):
         path = write_report(run_folder)

@@ -1,28 +1,33 @@
-"""The report of a run, from its `results.json` alone: figures, `report.html` in one file, `report.md`."""
+"""The report of a run, from its `results.json` alone: figures, `report.html` in one file, `report.md`; and of two."""
 
 import base64
 import re
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from eval.errors import UserError
 from eval.results import Results, load_results, save_text
-from plots import FIGURES, agreement, findings, quantization, tasks
+from plots import FIGURES, agreement, findings, quality, quantization, tasks, tradeoff, versus
+from plots.numbers import NONE
 from plots.rows import by_kind, count, measured
-from plots.table import COLUMNS, MARKS, legend, lines, markdown, markdown_table, note
+from plots.table import COLUMNS, legend, lines, markdown, markdown_table
 from plots.table import text_table as table
 
-__all__ = ["markdown_table", "table", "templates", "write_report"]
+__all__ = ["markdown_table", "table", "templates", "write_comparison", "write_report"]
 
 _TEMPLATES = Path(__file__).parent / "templates"
+_PARTS = ("recipe", "machine", "versions")
 _CAPTIONS = {
+    "tradeoff": (
+        "Perplexity against decode latency",
+        "Scatter plot: perplexity against decode time, marker area is bytes on disk, the Pareto front dashed",
+    ),
     "latency": ("Latency", "Horizontal bars: median prefill and decode time of each row in milliseconds"),
     "perplexity": ("Perplexity", "Horizontal bars: perplexity of each row, control arms hatched"),
     "memory": ("Memory", "Horizontal bars: memory of each row in megabytes, peak and unique resident size"),
     "size": ("Size on disk", "Horizontal bars: bytes on disk of each row in megabytes"),
-    "tradeoff": (
-        "Quality, speed and size",
-        "Scatter plot: perplexity against decode time, marker area is bytes on disk",
-    ),
     "agreement": (
         "Agreement",
         "Matrix: KL divergence in nats per token and top-1 agreement in percent of each row against each other",
@@ -30,6 +35,7 @@ _CAPTIONS = {
     "tasks": ("Tasks", "Horizontal bars: accuracy of each row by task with 95 % intervals, GPT-2 124M's as a line"),
     "heads": ("Attention heads", "Heat map: score of each head by layer, crosses mark the pruned heads"),
     "learning_curves": ("Learning curves", "Lines: training loss in nats per token against the optimizer step"),
+    "quantization": ("INT8 weight error", "Lines: error of each kind of weight matrix in percent by layer"),
 }
 
 
@@ -50,8 +56,66 @@ def write_report(run_folder: Path) -> Path:
     return run_folder / "report.html"
 
 
+def write_comparison(a: Path, b: Path, out: Path | None = None) -> tuple[Path, versus.Comparison]:
+    """Write one page with the run folders `a` and `b` side by side; return its path and what it compares.
+
+    By default the page is `against-A.html` in B. Raises `UserError` where a results.json is missing, damaged or of
+    another schema, where both are one run, and where `out` is a folder or in none.
+    """
+    if a.resolve() == b.resolve():
+        raise UserError(f"{a} and {b} are one run; give two")
+    results = [load_results(folder / "results.json") for folder in (a, b)]
+    path = out or b / f"against-{a.resolve().name}.html"
+    if path.is_dir() or not path.parent.is_dir():
+        raise UserError(f"--out {path}: give a file, such as comparison.html, in a folder that exists")
+    found = versus.compare(*results)
+    runs = [each.run for each in results]
+    page = (
+        templates()
+        .get_template("comparison.html.j2")
+        .render(
+            title=f"Headroom: {b} against {a}",
+            runs=[("A", a, runs[0]), ("B", b, runs[1])],
+            summary=found.summary,
+            drawn=_ratios(found),
+            tables=found.tables,
+            columns=versus.COLUMNS,
+            lone=found.lone,
+            caveats=found.caveats,
+            differences={part: _differences(*(run.get(part) or {} for run in runs)) for part in _PARTS},
+        )
+    )
+    save_text(page, path)
+    return path, found
+
+
+def _ratios(found: versus.Comparison) -> dict[str, str] | None:
+    """The figure of a comparison; `None` where no ratio is."""
+    from plots import style
+
+    figure = versus.draw(found)
+    if figure is None:
+        return None
+    shown = " and ".join(table.title.partition(" (")[0].lower() for table in found.tables)
+    alt = f"Points: the ratio B/A of each row on a log scale, for {shown}; the numbers stand in the tables."
+    with tempfile.TemporaryDirectory() as folder:
+        *_, drawing = style.save(figure, Path(folder), "ratios")
+        return {"name": "ratios", "title": "Ratios", "alt": alt, "data": _encoded(drawing)}
+
+
+def _encoded(path: Path) -> str:
+    return base64.b64encode(path.read_bytes()).decode("ascii")
+
+
+def _differences(a: dict[str, Any], b: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """The keys that the two hold different values for, with both values; a dash where one has no such key."""
+    ours, theirs = dict(flat(a)), dict(flat(b))
+    pairs = ((key, ours.get(key, NONE), theirs.get(key, NONE)) for key in dict.fromkeys([*ours, *theirs]))
+    return [pair for pair in pairs if pair[1] != pair[2]]
+
+
 def templates() -> Any:
-    """The Jinja environment of `templates/`, with the filters `markdown` and `fence`."""
+    """The Jinja environment of `templates/`, with the filters `markdown`, `rows` and `fence`."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 
     environment = Environment(
@@ -63,6 +127,7 @@ def templates() -> Any:
         keep_trailing_newline=True,
     )
     environment.filters["markdown"] = markdown
+    environment.filters["rows"] = _rows
     environment.filters["fence"] = fence
     return environment
 
@@ -70,17 +135,17 @@ def templates() -> Any:
 def _facts(results: Results, drawings: dict[str, Path]) -> dict[str, Any]:
     """All that the templates show."""
     run = results.run
+    at = f" at commit {run['git_commit']}" if run.get("git_commit") else ""
     return {
         "title": f"Headroom: {run.get('name', 'run')}",
         "date": run.get("date"),
         "summary": findings.summary(results),
         "columns": COLUMNS,
         "lines": lines(results),
-        "marks": MARKS,
-        "note": note,
         "markdown_table": markdown_table(results),
         "legend": legend(results),
-        "figures": [_figure(name, drawings[name], results) for name in FIGURES if name in drawings],
+        "figures": {name: _figure(name, drawings[name], results) for name in FIGURES if name in drawings},
+        "fronts": tradeoff.front(results),
         "agreement": agreement.against_first(results),
         "agreement_columns": agreement.COLUMNS,
         "task_columns": tasks.columns(results),
@@ -88,7 +153,7 @@ def _facts(results: Results, drawings: dict[str, Path]) -> dict[str, Any]:
         "task_note": tasks.note(results),
         "quantization": quantization.by_layer(results),
         "quantization_columns": quantization.COLUMNS,
-        "heads": [(stage, _choice(results, stage)) for stage in results.heads],
+        "heads": quality.heads_by_layer(results),
         "arithmetic": findings.pruning_arithmetic(results),
         "caveats": findings.caveats(results),
         "protocol": findings.protocol(results),
@@ -98,6 +163,7 @@ def _facts(results: Results, drawings: dict[str, Path]) -> dict[str, Any]:
         "seconds": run.get("seconds") or {},
         "recipe": _yaml(run.get("recipe") or {}),
         "command": run.get("command"),
+        "again": f"Save the recipe below under the name that this command gives, and run it with Headroom{at}:",
     }
 
 
@@ -107,16 +173,18 @@ def _figure(name: str, path: Path, results: Results) -> dict[str, str]:
         "name": name,
         "title": title,
         "alt": f"{alt}{_extent(name, results)}.",
-        "data": base64.b64encode(path.read_bytes()).decode("ascii"),
+        "data": _encoded(path),
     }
 
 
 def _extent(name: str, results: Results) -> str:
     """How much a figure shows, for those who cannot see it."""
+    if name == "quantization":
+        return f"; {len(results.quantization)} matrices, whose numbers stand in a table"
     if name == "agreement":
         return f"; {count(len(results.agreement.rows) if results.agreement else 0, 'row')}"
     if name == "heads":
-        return f"; {', '.join(results.heads)}"
+        return "".join(f"; {stage}: {heads.method}, {heads.scope} scope" for stage, heads in results.heads.items())
     if name == "learning_curves":
         ends = (
             f"{stage} from {curve[0].loss:.3f} to {curve[-1].loss:.3f}"
@@ -137,13 +205,6 @@ def _extent(name: str, results: Results) -> str:
     return f"; {shown}, whose numbers stand in the table"
 
 
-def _choice(results: Results, stage: str) -> str:
-    """Which heads a pruning kept, layer by layer."""
-    heads = results.heads[stage]
-    layers = (f"layer {layer}: {', '.join(map(str, kept))}" for layer, kept in enumerate(heads.kept))
-    return f"{heads.method} scores, {heads.scope} scope; kept heads in {'; '.join(layers)}."
-
-
 def flat(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     """Nested data as `(dotted key, text)` pairs."""
     pairs: list[tuple[str, str]] = []
@@ -156,6 +217,11 @@ def flat(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
         else:
             pairs.append((name, "none" if value is None else str(value)))
     return pairs
+
+
+def _rows(lines: Sequence[Sequence[str]], columns: Sequence[str]) -> str:
+    """A Markdown table."""
+    return "\n".join(f"| {' | '.join(map(markdown, line))} |" for line in (columns, ["---"] * len(columns), *lines))
 
 
 def fence(text: str, language: str = "") -> str:

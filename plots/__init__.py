@@ -4,7 +4,19 @@ from pathlib import Path
 
 from eval.results import Results
 
-FIGURES = ("latency", "perplexity", "memory", "size", "tradeoff", "agreement", "tasks", "heads", "learning_curves")
+FIGURES = (
+    "tradeoff",
+    "latency",
+    "perplexity",
+    "memory",
+    "size",
+    "heads",
+    "learning_curves",
+    "quantization",
+    "agreement",
+    "tasks",
+)
+"""In the report's order."""
 
 
 def draw_all(results: Results, folder: Path) -> list[Path]:
@@ -12,18 +24,19 @@ def draw_all(results: Results, folder: Path) -> list[Path]:
 
     A figure left from earlier results that these no longer support is removed. Returns the files written.
     """
-    from plots import agreement, latency, memory, quality, style, tasks, tradeoff
+    from plots import agreement, latency, memory, quality, quantization, style, tasks, tradeoff
 
     draws = {
+        "tradeoff": tradeoff.draw,
         "latency": latency.draw,
         "perplexity": quality.draw,
         "memory": memory.draw,
         "size": memory.draw_size,
-        "tradeoff": tradeoff.draw,
-        "agreement": agreement.draw,
-        "tasks": tasks.draw,
         "heads": quality.draw_heads,
         "learning_curves": quality.draw_learning_curves,
+        "quantization": quantization.draw,
+        "agreement": agreement.draw,
+        "tasks": tasks.draw,
     }
     folder.mkdir(parents=True, exist_ok=True)
     written: list[Path] = []

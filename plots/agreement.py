@@ -98,7 +98,8 @@ def draw(results: Results) -> "Figure | None":
         for b in range(size):
             dark = colours[a][b] > _WHITE_ABOVE
             text = "–" if a == b else f"{tiny(found.kl[a][b])}\n{share(found.top1[a][b]).replace(' %', '%')}"
-            cell = axes.text(b, a, text, ha="center", va="center", fontsize=7, color="white" if dark else style.INK)
+            ink = style.INK if a == b else style.ON_DEEP if dark else style.ON_PALE
+            cell = axes.text(b, a, text, ha="center", va="center", fontsize=7, color=ink)
             cell.set_in_layout(False)  # it lies within the axes; to measure it again and again takes a second
     names = labels([_row(key) for key in found.rows])
     axes.set_yticks(range(size), [f"{name}   {index + 1}" for index, name in enumerate(names)])

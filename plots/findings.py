@@ -1,11 +1,11 @@
 """What the rows say, in sentences: gains, costs, what did not help, and what to keep in mind. All from the data."""
 
-import dataclasses
 from collections import Counter
 from collections.abc import Callable
 
-from eval.results import Quality, Results, Row, Timing
+from eval.results import Results, Row, Timing
 from plots.numbers import change, millions, perplexity, share, times
+from plots.pairs import finetuned_pair, int8_pair, quality_pair, step_before, unpruned
 from plots.rows import (
     apart,
     by_kind,
@@ -19,7 +19,6 @@ from plots.rows import (
     reference,
     same_load,
     same_text,
-    twin,
 )
 
 FINETUNE_AIM = 1.02
@@ -28,6 +27,8 @@ INT8_AIM = 1.005
 """INT8 perplexity, at most this times its FP32 IR's."""
 INT8_SIZE_AIM = 0.27
 """INT8 bytes on disk, at most this times its FP32 IR's."""
+
+_DISTURBED = 1.5
 
 
 def summary(results: Results) -> list[str]:
@@ -100,31 +101,6 @@ def _cost_of_int8(results: Results) -> str:
     return f"INT8 changed it by {change(ours, base)} against its FP32 IR {numbers}"
 
 
-def finetuned_pair(results: Results) -> tuple[Quality, Quality] | None:
-    """Pruned and fine-tuned, and the control arm: the first pair on one engine, device and precision."""
-    return _quality_pair(results, "finetune", "control-finetune")
-
-
-def int8_pair(results: Results) -> tuple[Quality, Quality] | None:
-    """INT8 and its FP32 IR."""
-    row = int8_row(results)
-    base = fp32_ir(results, row, lambda r: r.quality) if row else None
-    return _comparable(row, base)
-
-
-def _quality_pair(results: Results, stage: str, other: str) -> tuple[Quality, Quality] | None:
-    for row in measured(results, lambda r: r.quality):
-        if row.stage == stage and (pair := _comparable(row, twin(results, row, other, lambda r: r.quality))):
-            return pair
-    return None
-
-
-def _comparable(row: Row | None, base: Row | None) -> tuple[Quality, Quality] | None:
-    if row is None or base is None or row.quality is None or base.quality is None:
-        return None
-    return (row.quality, base.quality) if same_text(row.quality, base.quality) else None
-
-
 def shortfalls(results: Results) -> str:
     """What did not help, and how much was not measured."""
     verdicts = judgements(results)
@@ -146,7 +122,7 @@ def judgements(results: Results) -> list[tuple[bool, str]]:
     """For each step that can be compared: whether it did what it is for, and what to say if it did not."""
     found = []
     for row in measured(results, lambda r: r.latency):
-        if (base := _before(results, row)) and row.latency and base.latency and same_load(row, base):
+        if (base := step_before(results, row)) and row.latency and base.latency and same_load(row, base):
             mine, theirs = row.latency.decode, base.latency.decode
             faster = mine.p50 < theirs.p50 and apart(mine, theirs)
             found.append((faster, f"{label(row)} decodes no faster than {label(base)}"))
@@ -154,27 +130,9 @@ def judgements(results: Results) -> list[tuple[bool, str]]:
         ("finetune", "prune", "fine-tuning left perplexity no lower than pruning had"),
         ("prune", "control-random", "pruning by score left perplexity no lower than pruning at random"),
     ):
-        if pair := _quality_pair(results, stage, other):
+        if pair := quality_pair(results, stage, other):
             found.append((pair[0].perplexity < pair[1].perplexity, why))
     return found
-
-
-def _before(results: Results, row: Row) -> Row | None:
-    """The row that differs by the one step that is to make `row` faster; `None` where speed is not its aim."""
-    if row.stage == "half":
-        return next(
-            (r for r in measured(results, lambda r: r.latency) if (r.stage, r.device) == ("load", row.device)), None
-        )
-    if row.stage == "prune":
-        return _unpruned(results, row)
-    return fp32_ir(results, row, lambda r: r.latency) if row is int8_row(results) else None
-
-
-def _unpruned(results: Results, row: Row) -> Row | None:
-    """The dense model timed on the same engine, device and arithmetic."""
-    if row.engine == "torch" and kind(row) == "CPU":  # which computes FP16 weights in FP32
-        row = dataclasses.replace(row, precision="fp32")
-    return twin(results, row, "load", lambda r: r.latency) or twin(results, row, "half", lambda r: r.latency)
 
 
 def caveats(results: Results) -> list[str]:
@@ -184,9 +142,21 @@ def caveats(results: Results) -> list[str]:
         found.append(
             "INT8 rows run on the CPU and are compared with CPU rows only; no CPU row is compared with a GPU row."
         )
+    if busy := measured(results, _disturbed):
+        names = ", ".join(map(label, busy))
+        found.append(
+            f"The machine was not quiet: a tenth of the samples took over {_DISTURBED} × the median ({names}). "
+            "The medians stand, single samples and means do not."
+        )
     if finetuned_pair(results) is None:
         found.append("There is no control arm to compare with: fine-tuning and pruning cannot be told apart.")
     return found
+
+
+def _disturbed(row: Row) -> bool | None:
+    """True where something else took the machine's time in many samples; else `None`."""
+    timings = (row.latency.prefill, row.latency.decode) if row.latency else ()
+    return any(timing.p90 > _DISTURBED * timing.p50 for timing in timings) or None
 
 
 def _missed_aims(results: Results) -> list[str]:
@@ -270,7 +240,7 @@ def pruning_arithmetic(results: Results) -> str | None:
         f"{times(dense.parameters / pruned.parameters)} as fast at best"
     )
     timed = [row for row in measured(results, lambda r: r.latency) if row.stage == "prune"]
-    pairs = [(row, _unpruned(results, row)) for row in timed]
+    pairs = [(row, unpruned(results, row)) for row in timed]
     seen = [
         f"{speed(row.latency.decode, base.latency.decode)} on {row.device}"
         for row, base in pairs

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Literal
 
 from eval.results import CurvePoint, Heads, Results
 from plots import style
-from plots.numbers import perplexity
+from plots.numbers import NONE, perplexity
 from plots.rows import count, labels, measured, unmeasured_note
 
 if TYPE_CHECKING:
@@ -79,6 +79,25 @@ def _curve(axes: "Axes", stage: str, curve: list[CurvePoint], window: int) -> No
         axes.plot(steps, losses, dashes, color=shade, linewidth=1.4, marker="o", markersize=3.5)
 
 
+def heads_by_layer(results: Results) -> list[tuple[str, ...]]:
+    """A head and a line a layer: how many of its heads each pruning kept, and which it cut. Empty without any."""
+    if not results.heads:
+        return []
+    layers = max(len(heads.kept) for heads in results.heads.values())
+    lines = [("layer", *results.heads)]
+    for layer in range(layers):
+        lines.append((str(layer), *(_choice(heads, layer) for heads in results.heads.values())))
+    return lines
+
+
+def _choice(heads: Heads, layer: int) -> str:
+    if layer >= len(heads.kept):
+        return NONE
+    total, kept = len(heads.scores[layer]), heads.kept[layer]
+    cut = [str(head) for head in range(total) if head not in kept]
+    return f"{len(kept)} of {total}, without {', '.join(cut)}" if cut else f"all {total}"
+
+
 @style.styled
 def draw_heads(results: Results) -> "Figure | None":
     """Head scores as a heat map, layers by heads; a cross marks a pruned head."""
@@ -110,7 +129,7 @@ def _heat_map(axes: "Axes", stage: str, heads: Heads) -> None:
     if pruned:
         x, y = zip(*pruned, strict=True)
         # White under red: the cross shows on dark and on light cells.
-        axes.scatter(x, y, marker="x", s=46, c="white", linewidths=3.6)
+        axes.scatter(x, y, marker="x", s=46, c=style.ON_DEEP, linewidths=3.6)
         axes.scatter(x, y, marker="x", s=40, c="#c00000", linewidths=1.8)
     axes.set_title(
         f"{stage}: {heads.method}, {heads.scope} scope\n{len(pruned)} of {count(total, 'head')} pruned", size=9

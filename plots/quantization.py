@@ -1,11 +1,16 @@
-"""What quantisation did to each matrix, in a table."""
+"""What quantisation did to each matrix: a table, and its error layer by layer as a figure."""
 
+import re
 from collections import Counter
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from eval.results import Results
+from eval.results import QuantizedLayer, Results
+from plots import style
 from plots.numbers import NONE, share, tiny
 from plots.rows import count
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 COLUMNS = ("matrix", "bits", "method", "scales", "weight error", "multiplied here by")
 
@@ -54,3 +59,46 @@ def _arithmetic(kernels: list[str | None]) -> str:
     known = Counter(kernel for kernel in kernels if kernel)
     parts = [f"{kernel} ({number})" for kernel, number in known.most_common()]
     return f" On this machine they are multiplied by {', '.join(parts)}." if parts else ""
+
+
+@style.styled
+def draw(results: Results) -> "Figure | None":
+    """Each kind of matrix as a line over the layers; one that stands outside the layers as a level line."""
+    from matplotlib.lines import Line2D
+
+    if not results.quantization:
+        return None
+    kinds: dict[str, list[tuple[int | None, float]]] = {}
+    for matrix in results.quantization:
+        kind, layer = _place(matrix)
+        kinds.setdefault(kind, []).append((layer, 100 * matrix.error))
+    note = "The norm of what INT8 rounding changed over that of the weight. Dashed: a matrix outside the layers."
+    looks = {kind: {**style.series(index), "linewidth": 1.2} for index, kind in enumerate(kinds)}
+    layers = 1 + max((layer or 0 for points in kinds.values() for layer, _ in points))
+    for kind, points in kinds.items():
+        if any(layer is None for layer, _ in points):
+            looks[kind] |= {"marker": "", "linestyle": "--"}
+    handles = [Line2D([], [], label=kind, **look) for kind, look in looks.items()]
+    figure = style.frame("INT8 weight error", 2.8, note, handles)
+    axes = figure.subplots()
+    for kind, points in kinds.items():
+        # A matrix outside the layers goes from side to side.
+        places = [
+            (at, error)
+            for layer, error in sorted(points, key=lambda point: point[0] or 0)
+            for at in ((layer,) if layer is not None else (-0.5, layers - 0.5))
+        ]
+        axes.plot(*zip(*places, strict=True), **looks[kind])
+    axes.set_xlabel("layer")
+    axes.set_ylabel("weight error (%)")
+    axes.set_xlim(-0.5, layers - 0.5)
+    axes.set_xticks(range(0, layers, -(-layers // 16)))
+    axes.set_ylim(bottom=0)
+    axes.grid()
+    return figure
+
+
+def _place(matrix: QuantizedLayer) -> tuple[str, int | None]:
+    """`("mlp.c_fc", 3)` for `transformer.h.3.mlp.c_fc`; no layer for the LM head."""
+    found = re.fullmatch(r"transformer\.h\.(\d+)\.(.+)", matrix.name)
+    return (found[2], int(found[1])) if found else (matrix.name.removeprefix("transformer."), None)

@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Callable, Iterable, Sequence
 
 from eval.results import Quality, Results, Row, Timing
+from eval.statistics import Ratio, ratio
 
 SEPARATOR = " · "
 _FIELDS = (("stage", "precision"), ("stage", "engine", "precision"), ("stage", "engine", "device", "precision"))
@@ -68,13 +69,16 @@ def reference(results: Results, row: Row) -> Row | None:
     return next((other for other in measured(results, lambda r: r.latency) if other.device == row.device), None)
 
 
-def speedup(results: Results, row: Row) -> float | None:
-    """Median decode time of the `reference` over this row's; `None` where the two cannot be compared."""
+def speedup(results: Results, row: Row) -> Ratio | None:
+    """Median decode time of the `reference` over this row's; `None` where the two cannot be compared.
+
+    The rows of a device are timed in one interleaved run, so its interval is that of pairs.
+    """
     base = reference(results, row)
     if row.skipped is not None or row.latency is None or base is None or not same_load(row, base):
         return None
     assert base.latency is not None
-    return base.latency.decode.p50 / row.latency.decode.p50
+    return ratio(base.latency.decode, row.latency.decode)
 
 
 def same_load(one: Row, other: Row) -> bool:

@@ -27,6 +27,17 @@ COLOURS = {
 OTHER = "#7a7a7a"
 PAPER = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.4}  # keeps grid lines out of text
 INK, QUIET, GRID, LIBRARIES = "#222222", "#666666", "#dddddd", "#c9c9c9"
+ON_PALE, ON_DEEP = "#212121", "#fefefe"  # on colours that are the same by day and by night
+_NIGHT_PAPER = "#17171a"
+_NIGHT = {
+    "#ffffff": _NIGHT_PAPER,
+    INK: "#ececf0",
+    QUIET: "#a9a9b2",
+    GRID: "#3a3a40",
+    LIBRARIES: "#55555c",
+    COLOURS["load"]: "#a0a0a8",
+}
+"""What an SVG puts in the place of a colour where the reader's screen is dark."""
 ROLES = {"chain": "step of the chain", "baseline": "export to compare with", "control": "control arm"}
 WIDTH = 9.0  # inches
 _HEADER, _FOOTER_LINE = 0.58, 0.16  # inches
@@ -83,19 +94,33 @@ def colour(stage: str) -> str:
     return COLOURS.get(stage, OTHER)
 
 
+def series(index: int) -> dict[str, Any]:
+    """Colour and marker of the `index`-th line of a figure whose lines are no stages."""
+    colours = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#5f5f5f")
+    return {"color": colours[index % 7], "marker": "os^Dv<>"[index % 7]}
+
+
 def fill(row: Row) -> dict[str, Any]:
-    """Patch properties of a row: solid in the chain, pale for a baseline, hatched for a control arm."""
+    """Patch properties of a row: solid in the chain, pale for a baseline, hatched for a control arm.
+
+    Solid ones have a deeper edge: the lighter colours alone are hard to see on white.
+    """
     shade = colour(row.stage)
     if row.role == "control":
         return {"facecolor": "white", "edgecolor": shade, "hatch": "/////", "linewidth": 0.9}
     if row.role == "baseline":
         return {"facecolor": _pale(shade), "edgecolor": shade, "linewidth": 0.9}
-    return {"facecolor": shade, "edgecolor": shade, "linewidth": 0.9}
+    return {"facecolor": shade, "edgecolor": _mix(shade, "#000000", 0.65), "linewidth": 0.9}
 
 
-def _pale(shade: str) -> str:
-    channels = (int(shade[start : start + 2], 16) for start in (1, 3, 5))
-    return "#" + "".join(f"{round(255 - 0.35 * (255 - channel)):02x}" for channel in channels)
+def _pale(shade: str, paper: str = "#ffffff") -> str:
+    return _mix(shade, paper, 0.35)
+
+
+def _mix(shade: str, other: str, part: float) -> str:
+    """`part` of a colour, the rest of another."""
+    pairs = ((int(shade[i : i + 2], 16), int(other[i : i + 2], 16)) for i in (1, 3, 5))
+    return "#" + "".join(f"{round(part * one + (1 - part) * two):02x}" for one, two in pairs)
 
 
 def role_handles(rows: Sequence[Row]) -> list[Any]:
@@ -157,7 +182,10 @@ def value_at(axes: "Axes", x: float, y: float, text: str) -> None:
 
 
 def save(figure: "Figure", folder: Path, name: str) -> list[Path]:
-    """Write NAME.png (150 dpi) and NAME.svg: the same bytes for the same figure, each file whole or not at all."""
+    """Write NAME.png (150 dpi) and NAME.svg: the same bytes for the same figure, each file whole or not at all.
+
+    The SVG follows the reader's screen, light or dark; on paper it is light.
+    """
     paths = []
     with look():
         for suffix, metadata in ((".png", {"Software": None}), (".svg", {"Date": None, "Creator": None})):
@@ -165,8 +193,22 @@ def save(figure: "Figure", folder: Path, name: str) -> list[Path]:
             temporary = folder / f".{name}.{os.getpid()}{suffix}"
             try:
                 figure.savefig(temporary, dpi=150, metadata=metadata)
+                if suffix == ".svg":
+                    drawing = temporary.read_text(encoding="utf-8")
+                    temporary.write_text(drawing.replace("</style>", f"{_at_night()}</style>", 1), encoding="utf-8")
                 os.replace(temporary, path)
             finally:
                 temporary.unlink(missing_ok=True)
             paths.append(path)
     return paths
+
+
+def _at_night() -> str:
+    """CSS that overrules the colours matplotlib writes into each element."""
+    pales = {_pale(shade): _pale(_NIGHT.get(shade, shade), _NIGHT_PAPER) for shade in (*COLOURS.values(), OTHER)}
+    rules = (
+        f'[style*="fill: {day}"],[fill="{day}"]{{fill:{night}!important}}'
+        f'[style*="stroke: {day}"]{{stroke:{night}!important}}'
+        for day, night in (_NIGHT | pales).items()
+    )
+    return f"@media screen and (prefers-color-scheme: dark){{{''.join(rules)}}}"

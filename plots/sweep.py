@@ -14,8 +14,6 @@ if TYPE_CHECKING:
 
 Choices = Mapping[str, Any]
 """Recipe key -> the value that a point has."""
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#5f5f5f")
-_MARKERS = "os^Dv<>"
 
 
 def table(points: Sequence[tuple[Choices, Results | str]]) -> list[tuple[str, ...]]:
@@ -92,7 +90,7 @@ def _draw(points: Sequence[tuple[Choices, Results]]) -> "Figure | None":
     for (left, *right), (name, rows) in zip(panels, found.items(), strict=True):
         for index, each in enumerate(series):
             mine = [(choices[key], row) for choices, row in rows if _series(choices, others) == each]
-            look = {"color": _COLOURS[index % 7], "marker": _MARKERS[index % 7], "linewidth": 1, "markersize": 5}
+            look = {**style.series(index), "linewidth": 1, "markersize": 5}
             if mine:
                 _choice_panel(left, mine, look)
             for axes in right:
@@ -169,8 +167,6 @@ def _handles(series: Sequence[str], dense: bool) -> list[Any]:
     from matplotlib.lines import Line2D
 
     handles = [
-        Line2D([], [], color=_COLOURS[index % 7], marker=_MARKERS[index % 7], linewidth=1, label=each)
-        for index, each in enumerate(series)
-        if each
+        Line2D([], [], linewidth=1, label=each, **style.series(index)) for index, each in enumerate(series) if each
     ]
     return [*handles, Line2D([], [], label="dense, fine-tuned alike", **_DENSE)] if dense else handles

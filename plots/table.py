@@ -14,12 +14,11 @@ _WIDTH = 120
 
 @dataclass(frozen=True)
 class Line:
-    """One row as text. `cells` follow `COLUMNS`; `prefill` and `decode` are the 95 % intervals in ms."""
+    """One row as text. `cells` follow `COLUMNS`, and so do `intervals`: 95 % of the median, or nothing."""
 
     row: Row
     cells: tuple[str, ...]
-    prefill: str
-    decode: str
+    intervals: tuple[str, ...]
 
 
 def lines(results: Results) -> list[Line]:
@@ -36,11 +35,13 @@ def _line(results: Results, row: Row) -> Line:
         perplexity(row.quality.perplexity) if row.quality else NONE,
         milliseconds(latency.prefill.p50) if latency else NONE,
         milliseconds(latency.decode.p50) if latency else NONE,
-        times(speedup) if speedup else NONE,
+        times(speedup.value) if speedup else NONE,
         megabytes(row.memory.peak_rss) if row.memory else NONE,
     )
-    intervals = (interval(latency.prefill), interval(latency.decode)) if latency else ("", "")
-    return Line(row, cells, *intervals)
+    own = compare.reference(results, row) is row
+    gained = f"{speedup.low:,.2f} to {speedup.high:,.2f}" if speedup and not own else ""
+    timed = (interval(latency.prefill), interval(latency.decode)) if latency else ("", "")
+    return Line(row, cells, ("", "", "", "", *timed, gained, ""))
 
 
 def interval(timing: Timing) -> str:
@@ -93,9 +94,10 @@ def markdown_table(results: Results) -> str:
     heads = (*COLUMNS, "note")
     out = [_markdown_line(heads), _markdown_line(("---", *["---:"] * (len(COLUMNS) - 1), "---"))]
     for line in lines(results):
-        cells = [markdown(cell) for cell in line.cells]
-        for index, between in ((4, line.prefill), (5, line.decode)):
-            cells[index] += f" ({between})" if between else ""
+        cells = [
+            f"{markdown(cell)} ({between})" if between else markdown(cell)
+            for cell, between in zip(line.cells, line.intervals, strict=True)
+        ]
         out.append(_markdown_line((*cells, markdown(note(line.row)))))
     return "\n".join(out)
 

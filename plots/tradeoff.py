@@ -54,6 +54,17 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     return front
 
 
+def front(results: Results) -> list[str]:
+    """For each kind of device, one sentence that names the rows on its Pareto front."""
+    found = []
+    for kind, rows in by_kind(measured(results, lambda row: row.quality and row.latency)).items():
+        best = set(pareto(_points(rows)))
+        names = [name for name, point in zip(labels(rows), _points(rows), strict=True) if point in best]
+        several = f"{', '.join(names[:-1])} or " if len(names) > 1 else ""
+        found.append(f"On the {kind}, no row is both faster and better than {several}{names[-1]}.")
+    return found
+
+
 def _panel(axes: "Axes", rows: list[Row], areas: list[float]) -> None:
     points = _points(rows)
     front = pareto(points)

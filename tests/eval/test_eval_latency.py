@@ -55,6 +55,7 @@ def test_pairing_takes_the_common_noise_out() -> None:
     a = timing(2.0 * weather * draw.normal(1, 0.01, 101))
     b = timing(weather * draw.normal(1, 0.01, 101))
     paired, apart = ratio(a, b), ratio(a, timing(b.samples[:-1]))
+    assert ratio(a, b, interleaved=False) != paired
     assert paired.low < 2.0 < paired.high and apart.low < 2.0 < apart.high
     assert paired.high - paired.low < (apart.high - apart.low) / 2
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -131,6 +132,9 @@ def test_a_broken_recipe_file(cli, tmp_path: Path) -> None:
         (["compare", "{model}", "{model}", "--precision", "fp32", "--precision", "int4"], "precision 'int4'"),
         (["compare", "{model}", "{embedded}"], "their tokenizers cut the text otherwise"),
         (["report", "nowhere"], "nowhere/results.json: No such file"),
+        (["report", "nowhere", "else"], "nowhere/results.json: No such file"),
+        (["report", "nowhere", "nowhere/"], "nowhere and nowhere are one run; give two"),
+        (["report", "nowhere", "--out", "page.html"], "goes with two runs"),
         (["pretrain", "--text", "no.txt", "--out", "{out}"], "no.txt: No such file"),
         (["half", "--out", "{out}"], "no such stage; run: python -m pipeline load"),
     ],
@@ -177,6 +181,24 @@ def test_report_draws_again_from_the_results_alone(run_copy: Path, cli, tmp_path
     (alone / "results.json").write_text("{}")
     code, stdout, err = cli("report", alone)
     assert (code, stdout, err.count("\n")) == (2, "", 1)
+
+
+def test_report_of_two_runs(run_copy: Path, finished_run: Path, cli, tmp_path: Path) -> None:
+    before = (finished_run / "report.html").read_bytes()
+    code, stdout, err = cli("report", finished_run, run_copy)
+    page = run_copy / f"against-{finished_run.name}.html"
+    assert (code, err) == (0, "") and page.is_file()
+    assert stdout.startswith("B/A ") and stdout.splitlines()[-1] == f"Comparison: {page}"
+    assert re.search(r"^quantize · openvino · cpu · int8 +1\.000 ", stdout, re.M)
+    code, stdout, err = cli("report", finished_run, run_copy, "--out", tmp_path / "page.html")
+    assert (code, err) == (0, "") and (tmp_path / "page.html").read_bytes() == page.read_bytes()
+    for wrong in (tmp_path, tmp_path / "no" / "page.html"):
+        code, stdout, err = cli("report", finished_run, run_copy, "--out", wrong)
+        assert (code, stdout) == (2, "") and err.count("\n") == 1
+        assert f"--out {wrong}: give a file, such as comparison.html, in a folder that exists" in err
+    assert (finished_run / "report.html").read_bytes() == before
+    code, stdout, err = cli("report", finished_run)  # as the run itself wrote it
+    assert code == 0 and (finished_run / "report.html").read_bytes() == before
 
 
 @pytest.mark.parametrize(("context", "stride"), [(None, None), (17, 5)])

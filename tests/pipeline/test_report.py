@@ -111,6 +111,11 @@ def test_figures_are_embedded_with_words_for_those_who_cannot_see(full):
         assert kind == "data:image/svg+xml;base64"
         assert base64.b64decode(data) == (full[0] / "plots" / f"{name}.svg").read_bytes()
     assert "9 CPU rows" in images[0].get("alt")
+    assert (
+        images[FIGURES.index("heads")]
+        .get("alt")
+        .endswith("prune: taylor, global scope; control-random: random, global scope.")
+    )
 
 
 def test_report_says_all_that_is_known_of_the_run(full):
@@ -126,7 +131,7 @@ def test_report_says_all_that_is_known_of_the_run(full):
 def test_hostile_text_stays_text(full):
     _, html, text = full
     root = parse(html)
-    assert yaml.safe_load(root.findall(".//pre/code")[0].text) == sample.full().run["recipe"]
+    assert yaml.safe_load(root.findall(".//pre/code")[1].text) == sample.full().run["recipe"]
     assert "<script>" not in html
     outside_code = re.sub(r"(`{3,}).*?\n\1", "", text, flags=re.S)
     assert "<script>" not in outside_code

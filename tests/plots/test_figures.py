@@ -2,13 +2,14 @@
 
 import dataclasses
 import itertools
+import re
 from xml.etree import ElementTree
 
 import pytest
 import sample_results as sample
 from PIL import Image
 
-from plots import FIGURES, agreement, draw_all, latency, memory, quality, style, tasks, tradeoff
+from plots import FIGURES, agreement, draw_all, latency, memory, quality, quantization, style, tasks, tradeoff
 from plots.rows import label, labels, measured, unmeasured_note
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -64,6 +65,7 @@ def test_each_figure_is_a_png_that_shows_something_and_an_svg(drawn):
         ),
         ("agreement", ["load · torch · fp32   1", "KL divergence (nats a token)", "8", "–"]),
         ("tasks", ["HellaSwag: 10,000 documents", "LAMBADA: 200 documents", "accuracy", "0.277", "0.139"]),
+        ("quantization", ["layer", "weight error (%)", "mlp.c_fc", "lm_head"]),
         ("heads", ["layer", "head", "taylor score", "random score"]),
         ("learning_curves", ["loss (nats per token)", "optimizer step", "finetune", "control-finetune"]),
     ],
@@ -183,6 +185,38 @@ def test_layers_with_different_head_counts_are_drawn():
     assert image.mask[1].tolist() == [False, False, True, True, True]
 
 
+def test_heads_by_layer():
+    results = sample.full()
+    lines = quality.heads_by_layer(results)
+    assert lines[0] == ("layer", "prune", "control-random") and len(lines) == 5
+    assert lines[1:3] == [("0", "4 of 5, without 1", "4 of 5, without 4"), ("1", "all 5", "4 of 5, without 2")]
+    results.heads["control-random"].kept.pop()
+    assert quality.heads_by_layer(results)[-1] == ("3", "all 5", "–")
+    assert quality.heads_by_layer(sample.single()) == []
+
+
+def test_int8_errors_stand_over_their_layers():
+    results = sample.full()
+    (matrix, head) = results.quantization
+    far = dataclasses.replace(matrix, name="transformer.h.17.mlp.c_fc", error=0.02)
+    results.quantization = [far, head, matrix]
+    lines = quantization.draw(results).axes[0].lines
+    assert [[*map(list, line.get_data())] for line in lines] == [
+        [[0, 17], pytest.approx([0.7, 2.0])],
+        [[-0.5, 17.5], pytest.approx([0.93, 0.93])],
+    ]
+    assert [line.get_linestyle() for line in lines] == ["-", "--"]
+
+
+def test_the_front_in_words():
+    (cpu, gpu) = tradeoff.front(sample.full(gpu=True))
+    assert cpu == (
+        "On the CPU, no row is both faster and better than quantize · openvino · fp32, quantize · openvino · bf16, "
+        "quantize · openvino · fp16, quantize · openvino · int8 or control-finetune · torch · fp32."
+    )
+    assert gpu.startswith("On the GPU") and tradeoff.front(sample.empty()) == []
+
+
 def test_pareto_front_by_brute_force():
     rows = measured(sample.many(), lambda row: row.latency)
     points = [(row.latency.decode.p50, row.quality.perplexity) for row in rows]
@@ -203,10 +237,12 @@ def test_no_text_overlaps_another_or_leaves_the_figure(results):
         tasks.draw,
         quality.draw_heads,
         quality.draw_learning_curves,
+        quantization.draw,
     ):
         figure = draw(results)
         if figure is None:
-            assert draw in (agreement.draw, tasks.draw, quality.draw_heads, quality.draw_learning_curves)
+            optional = (agreement.draw, tasks.draw, quality.draw_heads, quality.draw_learning_curves, quantization.draw)
+            assert draw in optional
             continue
         boxes = [(text.get_text(), text.get_window_extent()) for text in texts(figure)]
         for text, box in boxes:
@@ -265,6 +301,37 @@ def test_gpu_rows_without_device_memory_leave_the_memory_figure():
         if row.device == "cuda:0":
             row.memory = dataclasses.replace(row.memory, gpu_allocator_peak=None, gpu_process=None)
     assert [axes.get_title(loc="left")[:3] for axes in memory.draw(results).axes] == ["CPU"]
+
+
+def contrast(one: str, other: str) -> float:
+    """As WCAG 2 defines it."""
+
+    def luminance(colour: str) -> float:
+        parts = (int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
+        linear = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
+        return sum(weight * part for weight, part in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+    low, high = sorted(map(luminance, (one, other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_ink_and_edges_can_be_seen_by_day_and_by_night(drawn):
+    """Text 4.5 to 1, marks 3 to 1 by colour or by edge; and each rule for the night meets colours that occur."""
+    svg = (drawn[0] / "memory.svg").read_text()
+    night = dict(re.findall(r'\[fill="(#\w{6})"\]\{fill:(#\w{6})!important\}', svg))
+    assert "@media screen and (prefers-color-scheme: dark)" in svg
+    dark = night["#ffffff"]
+    assert contrast(dark, "#ffffff") > 15
+    for ink in (style.INK, style.QUIET):
+        assert contrast(ink, "#ffffff") >= 4.5 and contrast(night[ink], dark) >= 4.5
+    for stage in (*style.COLOURS, "another"):
+        for role in style.ROLES:
+            look = style.fill(sample.row(stage, "torch", "cpu", "fp32", role=role))
+            if role == "chain":
+                assert contrast(look["edgecolor"], "#ffffff") >= 3
+                assert contrast(night.get(look["facecolor"], look["facecolor"]), dark) >= 3
+            elif role == "baseline":
+                assert look["facecolor"] in night
 
 
 def test_colours_differ_by_stage_and_unknown_stages_have_one():

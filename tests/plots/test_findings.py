@@ -131,6 +131,15 @@ def test_caveats_come_from_the_data():
     assert not any("evaluation text" in caveat or "not measured" in caveat for caveat in findings.caveats(whole))
 
 
+def test_a_disturbed_machine_is_said():
+    results = sample.full()
+    assert not any("not quiet" in caveat for caveat in findings.caveats(results))
+    prefill = row_of(results, "prune/torch/cpu/fp32").latency.prefill
+    prefill.p90 = 1.51 * prefill.p50
+    (said,) = [caveat for caveat in findings.caveats(results) if "not quiet" in caveat]
+    assert "(prune · torch · cpu · fp32)" in said
+
+
 def test_different_loads_are_said():
     results = sample.full()
     assert not any("different prompts" in caveat for caveat in findings.caveats(results))

@@ -7,7 +7,7 @@ import sample_results as sample
 
 from plots import numbers
 from plots.rows import labels, speedup
-from plots.table import COLUMNS, markdown, markdown_table, text_table
+from plots.table import COLUMNS, lines, markdown, markdown_table, text_table
 
 
 def cells(line: str) -> list[str]:
@@ -62,8 +62,8 @@ def test_skipped_rows_show_their_reason_on_one_line():
 def test_speedup_stays_on_one_device_and_one_load():
     results = sample.full(gpu=True)
     by_key = {row.key: row for row in results.rows}
-    assert speedup(results, by_key["quantize/openvino/cpu/int8"]) == pytest.approx(5.13 / 2.06)
-    assert speedup(results, by_key["finetune/torch/cuda:0/fp16"]) == pytest.approx(1.91 / 1.79)
+    assert speedup(results, by_key["quantize/openvino/cpu/int8"]).value == pytest.approx(5.13 / 2.06)
+    assert speedup(results, by_key["finetune/torch/cuda:0/fp16"]).value == pytest.approx(1.91 / 1.79)
     assert speedup(results, by_key["half/torch/cpu/fp16"]) is None
     row = by_key["prune/torch/cpu/fp32"]
     row.latency = sample.latency(20, 5, prompt=129)
@@ -82,10 +82,25 @@ def test_markdown_table_holds_intervals_and_survives_hostile_text():
     results = sample.full()
     results.rows[1].skipped = sample.HOSTILE
     table = markdown_table(results)
-    assert "5.13 (5.08 to 5.23)" in table
+    assert "5.13 (5.08 to 5.23)" in table and "2.49 × (2.49 to 2.49)" in table and "| 1.00 × |" in table
     line = next(line for line in table.splitlines() if "pipe" in line)
     assert len(cells(line)) == len(COLUMNS) + 1
     assert "<script>" not in table
+
+
+def test_intervals_stand_below_their_own_columns():
+    results = sample.full()
+    int8 = next(row for row in results.rows if row.precision == "int8")
+    int8.latency.decode.samples[::3] = [0.003] * 8  # a third of the rounds were slow
+    line = next(line for line in lines(results) if line.row is int8)
+    assert len(line.intervals) == len(line.cells) == len(COLUMNS)
+    assert [column for column, text in zip(COLUMNS, line.intervals, strict=True) if text] == [
+        "prefill ms",
+        "decode ms/token",
+        "speed-up",
+    ]
+    low, high = (float(text) for text in line.intervals[6].split(" to "))
+    assert low < speedup(results, int8).value < high
 
 
 def test_labels_are_as_short_as_they_can_be():
