@@ -1,5 +1,6 @@
 """Profiles of a tiny engine: the files, what TensorBoard makes of them, and what a browser shows."""
 
+import gzip
 import json
 import os
 import re
@@ -163,10 +164,11 @@ def test_table_agrees_with_the_trace(logdir: Path, phase: str, steps: int) -> No
 def test_modules_table_adds_up_to_the_model(logdir: Path, phase: str) -> None:
     lines = text(read_events(logdir / NAME), f"modules/{phase}").splitlines()
     assert lines[0] == "| module | self CPU ms | share |"
-    rows = {name: float(ms) for name, ms, _ in (re.findall(r"[^|` ]+", line) for line in lines[2:])}
+    cells = [re.findall(r"[^|` ]+", line) for line in lines[2:] if line[:1] == "|"]
+    rows = {name: float(ms) for name, ms, _ in cells}
     assert {f"transformer.h.{layer}.attn.c_proj" for layer in range(LAYERS)} < set(rows)
     whole = [e["dur"] for e in load_trace(logdir / NAME, phase) if e["name"] == "nn.Module: CompactGPT2LMHeadModel"]
-    assert sum(rows.values()) == pytest.approx(sum(whole) / 1000, rel=0.01)
+    assert sum(rows.values()) == pytest.approx(sum(whole) / 1000, rel=0.03)  # but for two that the table leaves out
 
 
 def test_profiling_again_replaces_what_it_wrote_and_nothing_else(logdir: Path, tmp_path: Path) -> None:
@@ -290,7 +292,8 @@ def test_without_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def get(url: str) -> Any:
     with urllib.request.urlopen(url, timeout=30) as answer:
-        return json.loads(answer.read())
+        content = answer.read()
+    return json.loads(gzip.decompress(content) if answer.headers["Content-Encoding"] == "gzip" else content)
 
 
 def wait_for(what: Callable[[], Any], seconds: float = 240) -> Any:
@@ -335,7 +338,7 @@ def test_tensorboard_lists_the_run(tensorboard: str) -> None:
     assert "engine/text_summary" in wait_for(lambda: get(f"{tensorboard}/data/plugin/text/tags").get(NAME))
 
 
-def test_profiler_tab_opens_both_traces(tensorboard: str) -> None:
+def test_profiler_tab_opens_both_traces(tensorboard: str, logdir: Path) -> None:
     plugin = f"{tensorboard}/data/plugin/pytorch_profiler"
     assert get(f"{plugin}/runs") == {"runs": [NAME], "loading": False}
     views = get(f"{plugin}/views?run={NAME}")
@@ -346,6 +349,8 @@ def test_profiler_tab_opens_both_traces(tensorboard: str) -> None:
         assert len(get(f"{plugin}/overview?{query}&view=Overview")["steps"]["rows"]) == steps
         modules = json.dumps(get(f"{plugin}/module?{query}&view=Module"))
         assert '"transformer.h.1.attn"' in modules and '"Attention_1"' not in modules
+        drawn = get(f"{plugin}/trace?{query}&view=Trace")["traceEvents"]
+        assert drawn == load_trace(logdir / NAME, worker)
         rows = get(f"{plugin}/operation/table?{query}&view=Operator&group_by=Operation")["data"]
         calls = {row["name"]: row["calls"] for row in rows}
         assert calls["aten::scaled_dot_product_attention"] == steps * LAYERS
