@@ -1,7 +1,7 @@
 """What each operator of a trace took, as a Markdown table and a bar chart for TensorBoard."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch.autograd import DeviceType
@@ -60,8 +60,18 @@ def add_operators(writer: Any, tag: str, operators: Sequence[Operator]) -> None:
     writer.add_figure(tag, _chart([op.name for op in operators], times, f"{tag}: own time on the {place} (ms)"))
 
 
+def add_modules(writer: Any, tag: str, modules: Mapping[str, float], place: str) -> None:
+    """A table and a chart of the milliseconds that each module took itself; `place` is CPU or GPU."""
+    if not modules:
+        return
+    names, times = list(modules), list(modules.values())
+    rows = [(name, f"{ms:.3f}", share) for name, ms, share in zip(names, times, _shares(times), strict=True)]
+    writer.add_text(tag, markdown_table(("module", f"self {place} ms", "share"), rows))
+    writer.add_figure(tag, _chart(names, times, f"{tag}: own time on the {place} (ms)"))
+
+
 def add_nodes(writer: Any, tag: str, nodes: Sequence[NodeTime]) -> None:
-    """A table of the nodes that took time, and a chart of their types."""
+    """Tables of the nodes that took time and of their types, and a chart of the types."""
     nodes = sorted((node for node in nodes if node.ms > 0), key=lambda node: -node.ms)
     if not nodes:
         return
@@ -70,11 +80,17 @@ def add_nodes(writer: Any, tag: str, nodes: Sequence[NodeTime]) -> None:
         for node, share in zip(nodes, _shares([node.ms for node in nodes]), strict=True)
     ]
     writer.add_text(tag, markdown_table(("node", "type", "ms", "share"), rows))
-    types: dict[str, float] = defaultdict(float)
+    types: dict[str, list[float]] = defaultdict(list)
     for node in nodes:
-        types[node.type] += node.ms
-    names = sorted(types, key=lambda name: -types[name])
-    writer.add_figure(tag, _chart(names, [types[name] for name in names], f"{tag}: time by type of node (ms)"))
+        types[node.type].append(node.ms)
+    names = sorted(types, key=lambda name: -sum(types[name]))
+    times = [sum(types[name]) for name in names]
+    rows = [
+        (name, str(len(types[name])), f"{ms:.3f}", share)
+        for name, ms, share in zip(names, times, _shares(times), strict=True)
+    ]
+    writer.add_text(f"{tag} by type", markdown_table(("type", "nodes", "ms", "share"), rows))
+    writer.add_figure(tag, _chart(names, times, f"{tag}: time by type of node (ms)"))
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

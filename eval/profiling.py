@@ -1,11 +1,13 @@
 """Traces of prefill and of decode for TensorBoard and Perfetto, beside the same facts as numbers, tables and charts."""
 
+import contextlib
 import json
 import shutil
+import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,16 +15,20 @@ from torch.profiler import ProfilerActivity, record_function, schedule, tensorbo
 
 from eval.engine import Engine
 from eval.errors import UserError, WorkError
+from eval.flame import flame_graph
 from eval.latency import measure
-from eval.memory import snapshot
-from eval.operators import NodeTime, Operator, add_nodes, add_operators, markdown_table, operators_of
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from eval.operators import NodeTime, add_modules, add_nodes, add_operators, markdown_table, operators_of
+from eval.trace import Folded, allocated_peak, by_module, fold, fold_nodes, module_calls, name_modules, save_trace
 
 TRACED_STEPS = 8
 """Decode steps in a trace at most: one looks like the next, and viewers choke on large files."""
 _SUFFIX = ".profile"
+_PHASES = ("prefill", "decode")
+_TITLES = {
+    "cpu": "time on the CPU",
+    "cuda": "time on the GPU, by what launched the kernel",
+    "nodes": "time of the graph's nodes, a step",
+}
 _MIB = 2**20
 
 
@@ -35,60 +41,65 @@ def profile(
     prompt_tokens: int,
     new_tokens: int,
     scalars: Mapping[str, float] | None = None,
-    figures: Mapping[str, "Figure"] | None = None,
 ) -> Path:
     """Profile an engine into the TensorBoard run `out/name`, and return that folder.
 
     The prompt is the first `prompt_tokens` of `token_ids` (`[tokens]`, integer). The folder gets
 
     - `prefill.TIME.pt.trace.json` and `decode.TIME.pt.trace.json`, traces of `torch.profiler` (Chrome's format) of one
-      prefill and of up to `TRACED_STEPS` decode steps, after a warm-up, with shapes, memory and Python stacks;
-    - an event file: median prefill and decode times of rounds without the profiler, peak memory before it
-      started, tables and charts of the operators by their own time, the engine in words, and the `scalars`
-      and `figures` given.
+      prefill and of up to `TRACED_STEPS` decode steps, after a warm-up, with shapes, memory, Python stacks and
+      modules by name; each below `eval.trace.SIZE_LIMIT` bytes, and what had to go for that is said on stderr;
+    - `prefill.cpu.svg` and the like, flame graphs of the same by place: `cpu`, `cuda`, `nodes`;
+    - an event file: median prefill and decode times of rounds without the profiler, the peak of what torch
+      allocated in each phase, tables and charts of operators and modules by their own time, the engine in words,
+      and the `scalars` given.
 
     An engine that is no PyTorch program leaves little in a trace. If it has a method
-    `operator_times() -> list[tuple[name, type, ms]]` about its last inference, these get tables and charts
-    too; if it tells them only when built for it, its method `for_profiling()` returns such an engine.
+    `operator_times() -> list[tuple[name, type, ms]]` about its steps since last asked, these get tables, charts and
+    flame graphs too; if it tells them only when built for it, its method `for_profiling()` returns such an engine.
 
     What an earlier call wrote into the same folder is replaced. Raises `UserError` where TensorBoard
     is not installed, the folder cannot be written, or the lengths fit neither engine nor text;
     `WorkError` where the disk fills up.
     """
+    with tensorboard_run(out, name) as (writer, folder):
+        timed = measure(
+            {name: engine},
+            prompt_pool=token_ids,
+            prompt_tokens=prompt_tokens,
+            new_tokens=new_tokens,
+            min_count=3,
+            min_seconds=0,
+            warmup=1,
+        )[name]
+        writer.add_text("engine", _engine_table(engine, prompt_tokens, new_tokens))
+        numbers = {
+            "latency/prefill_ms": 1000 * timed.prefill.p50,
+            "latency/decode_ms_per_token": 1000 * timed.decode.p50,
+        }
+        for tag, value in (numbers | dict(scalars or {})).items():
+            writer.add_scalar(tag, value)
+        _add_traces(writer, engine, token_ids[:prompt_tokens], new_tokens - 1, folder, name)
+    return out / name
+
+
+@contextlib.contextmanager
+def tensorboard_run(out: Path, name: str) -> Iterator[tuple[Any, Path]]:
+    """A `SummaryWriter` and a folder whose files become the TensorBoard run `out/name`, instead of an earlier one's.
+
+    All of them or, after an exception, none. Other files in `out/name` stay. Raises `UserError` where TensorBoard is
+    not installed or the folder cannot be written, `WorkError` where the disk fills up.
+    """
     summary_writer = _summary_writer()
     folder = _writable(out, name)
-    timed = measure(
-        {name: engine},
-        prompt_pool=token_ids,
-        prompt_tokens=prompt_tokens,
-        new_tokens=new_tokens,
-        min_count=3,
-        min_seconds=0,
-        warmup=1,
-    )[name]
-    memory = snapshot(0, engine.device)
-    numbers = {
-        "latency/prefill_ms": 1000 * timed.prefill.p50,
-        "latency/decode_ms_per_token": 1000 * timed.decode.p50,
-        "memory/peak_rss_mib": memory.peak_rss / _MIB,
-    }
-    if memory.gpu_allocator_peak is not None:
-        numbers["memory/gpu_allocator_peak_mib"] = memory.gpu_allocator_peak / _MIB
-
     # Elsewhere first: a TensorBoard that watches the folder would read half of a trace and never look again.
     with tempfile.TemporaryDirectory() as staging:
         try:
             with summary_writer(staging, filename_suffix=_SUFFIX) as writer:
-                writer.add_text("engine", _engine_table(engine, prompt_tokens, new_tokens))
-                for tag, value in (numbers | dict(scalars or {})).items():
-                    writer.add_scalar(tag, value)
-                for tag, figure in (figures or {}).items():
-                    writer.add_figure(tag, figure, close=False)
-                _add_traces(writer, engine, token_ids[:prompt_tokens], new_tokens - 1, Path(staging))
+                yield writer, Path(staging)
             _replace(_written(folder), Path(staging), folder)
         except OSError as error:
             raise WorkError(f"{folder}: {error.strerror or error}; make room and profile again") from error
-    return folder
 
 
 def _summary_writer() -> Any:
@@ -114,25 +125,31 @@ def _writable(out: Path, name: str) -> Path:
 
 def _written(folder: Path) -> list[Path]:
     """What an earlier call left there."""
-    patterns = ("prefill.*.pt.trace.json", "decode.*.pt.trace.json", f"events.out.tfevents.*{_SUFFIX}")
+    patterns = [f"events.out.tfevents.*{_SUFFIX}"]
+    patterns += [
+        f"{phase}.{kind}" for phase in _PHASES for kind in ("*.pt.trace.json", "cpu.svg", "cuda.svg", "nodes.svg")
+    ]
     return [path for pattern in patterns for path in folder.glob(pattern)]
 
 
 def _replace(earlier: Sequence[Path], staging: Path, folder: Path) -> None:
-    """Move all files from `staging` into `folder`, then drop the earlier ones; all or nothing."""
-    moves = [(path, folder / path.name) for path in _written(staging)]
+    """Put all files from `staging` into `folder` instead of the earlier ones; all or nothing."""
+    # Copied under names that TensorBoard does not read, since it may watch.
+    moves = [(path, folder / f".{index}.partial", folder / path.name) for index, path in enumerate(_written(staging))]
     try:
-        for source, target in moves:
-            shutil.move(source, target)
+        for source, partial, _ in moves:
+            shutil.move(source, partial)
     except OSError:
-        for _, target in moves:
-            target.unlink(missing_ok=True)
+        for _, partial, _ in moves:
+            partial.unlink(missing_ok=True)
         raise
     for path in earlier:
         path.unlink()
+    for _, partial, target in moves:
+        partial.rename(target)
 
 
-def _add_traces(writer: Any, engine: Any, prompt_ids: np.ndarray, decode_steps: int, folder: Path) -> None:
+def _add_traces(writer: Any, engine: Any, prompt_ids: np.ndarray, decode_steps: int, folder: Path, name: str) -> None:
     """Trace both phases, and write what the traces and the engine itself tell about operators."""
     if hasattr(engine, "for_profiling"):
         engine = engine.for_profiling()
@@ -142,11 +159,47 @@ def _add_traces(writer: Any, engine: Any, prompt_ids: np.ndarray, decode_steps: 
         "decode": (engine.decode, min(decode_steps, TRACED_STEPS)),
     }
     for phase, (run, steps) in runs.items():
-        operators, kernels = _trace(engine, prompt, phase, run, steps, folder)
-        add_operators(writer, f"operators/{phase}", operators)
-        add_operators(writer, f"kernels/{phase}", kernels)
-        if hasattr(engine, "operator_times"):
-            add_nodes(writer, f"nodes/{phase}", [NodeTime(*each) for each in engine.operator_times()])
+        _add_trace(writer, engine, prompt, phase, run, steps, folder, name)
+
+
+def _add_trace(
+    writer: Any,
+    engine: Any,
+    prompt: torch.Tensor,
+    phase: str,
+    run: Callable[[torch.Tensor], torch.Tensor],
+    steps: int,
+    folder: Path,
+    name: str,
+) -> None:
+    """Trace `steps` calls of `run`, each given the last one's token."""
+    calls = []
+    if isinstance(getattr(engine, "model", None), torch.nn.Module):
+        token = engine.prefill(prompt).argmax(-1).cpu()
+        calls = module_calls(engine.model, lambda: run(token))
+    profiler = _trace(engine, prompt, phase, run, steps, folder)
+    nodes = [NodeTime(*each) for each in engine.operator_times()] if hasattr(engine, "operator_times") else []
+    trace, path = _read(folder, phase)
+    events = trace["traceEvents"]
+    # By name: that an event is a Python function is said in the file by all versions of torch, by its objects in few.
+    python = {event["name"] for event in events if event.get("cat") == "python_function"}
+    operators, kernels = operators_of(event for event in profiler.events() or [] if event.name not in python)
+    add_operators(writer, f"operators/{phase}", operators)
+    add_operators(writer, f"kernels/{phase}", kernels)
+    name_modules(events, calls)
+    cpu, gpu = fold(events, phase)
+    add_modules(writer, f"modules/{phase}", by_module(gpu or cpu), "GPU" if gpu else "CPU")
+    if peak := allocated_peak(events, phase, on_gpu=engine.device.startswith("cuda")):
+        writer.add_scalar(f"memory/{phase}_peak_mib", peak / _MIB)
+    add_nodes(writer, f"nodes/{phase}", nodes)
+    places: dict[str, Folded] = {"cpu": cpu, "cuda": gpu, "nodes": fold_nodes(phase, nodes)}
+    for place, folded in places.items():
+        if folded:
+            title = f"{name}, {phase}: {_TITLES[place]}"
+            (folder / f"{phase}.{place}.svg").write_text(flame_graph(folded, title), encoding="utf-8")
+    if left_out := save_trace(trace, path, phase):
+        print(f"{name}: to stay small, the trace of {phase} lacks {left_out}", file=sys.stderr)
+        writer.add_text(f"left out/{phase}", left_out)
 
 
 def _trace(
@@ -156,8 +209,8 @@ def _trace(
     run: Callable[[torch.Tensor], torch.Tensor],
     steps: int,
     folder: Path,
-) -> tuple[list[Operator], list[Operator]]:
-    """Write the trace of `steps` calls of `run`, each given the last one's token; return operators and kernels."""
+) -> torch.profiler.profile:
+    """Write the trace to `folder`."""
     on_gpu = engine.device.startswith("cuda")
     with (
         torch.no_grad(),
@@ -179,16 +232,14 @@ def _trace(
                 token = run(token).argmax(-1).cpu()
                 engine.synchronize()
             profiler.step()
-    # By name: that an event is a Python function is said in the file by all versions of torch, by its objects in few.
-    python = {event["name"] for event in _read(folder, phase) if event.get("cat") == "python_function"}
-    return operators_of(event for event in profiler.events() or [] if event.name not in python)
+    return profiler
 
 
-def _read(folder: Path, phase: str) -> list[dict[str, Any]]:
-    """The events of a trace, which the profiler may have cut off without a word."""
+def _read(folder: Path, phase: str) -> tuple[dict[str, Any], Path]:
+    """The trace and where it lies. The profiler may have cut it off without a word."""
     try:
-        (trace,) = folder.glob(f"{phase}.*.pt.trace.json")
-        return json.loads(trace.read_bytes())["traceEvents"]
+        (path,) = folder.glob(f"{phase}.*.pt.trace.json")
+        return json.loads(path.read_bytes()), path
     except ValueError as error:
         raise WorkError(f"{folder}: no room for the trace of {phase}; make some and profile again") from error
 

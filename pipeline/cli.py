@@ -300,35 +300,35 @@ def bench(
 
 @app.command()
 def profile(
-    models: Annotated[
-        list[Path], typer.Argument(help="Model folders; a run folder stands for the models of its stages.")
-    ],
-    out: Annotated[Path, typer.Option(help="The TensorBoard log folder.")] = Path("runs/profile"),
-    engine: EngineName = None,
+    models: Annotated[list[Path], typer.Argument(help="Model folders, or a run folder for all that is in its table.")],
+    out: Annotated[
+        Path | None, typer.Option(help="The TensorBoard log folder; by default RUN/traces, or runs/profile.")
+    ] = None,
+    engine: Annotated[
+        list[str] | None, typer.Option("--engine", help="torch, cuda or openvino; may be given more than once.")
+    ] = None,
     prompt_tokens: Annotated[int, typer.Option(min=1)] = 128,
-    new_tokens: Annotated[int, typer.Option(min=2)] = 8,
+    new_tokens: Annotated[int, typer.Option(min=2, help="At most 8 steps are traced.")] = 8,
     device: Device = None,
     precision: Precision = None,
 ) -> list[Path]:
-    """torch.profiler traces, a kernel table and scalars of each model, for TensorBoard and Perfetto."""
-    from eval.profiling import profile as trace
-    from pipeline.checkpoint import load_tokenizer
-    from pipeline.data import encode
-    from pipeline.engines import default_engine, load_engine
-    from pipeline.stages import BY_NAME
-    from pipeline.texts import load_text
+    """Traces, flame graphs, tables and scalars of prefill and of decode, for TensorBoard, Perfetto and a browser.
 
-    text, folders = load_text("embedded:test")[: 40 * prompt_tokens], []
-    for given in models:
-        found = [given / stage / "model" for stage in BY_NAME if (given / stage / "model").is_dir()]
-        for model in found or [given]:
-            loaded = load_engine(engine or default_engine(model), model, device=device, precision=precision)
-            ids = encode(text, load_tokenizer(model))
-            folders.append(
-                trace(loaded, ids, out, name=_run_name(model), prompt_tokens=prompt_tokens, new_tokens=new_tokens)
-            )
-            print(f"Traces: {folders[-1]}", file=sys.stderr)
-    print(f"Open: tensorboard --logdir {out}   (or load the .json in https://ui.perfetto.dev)")
+    A model folder is profiled on each --engine. A run folder stands for every row of its table that can run
+    here (--engine, --device and --precision narrow them); its figures and learning curves come along.
+    """
+    from pipeline.profiling import profile_all
+
+    log, folders = profile_all(
+        models,
+        out,
+        engines=engine or [],
+        device=device,
+        precision=precision,
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+    )
+    print(f"Open: tensorboard --logdir {log}   (or load the .json in https://ui.perfetto.dev)")
     return folders
 
 
@@ -494,12 +494,6 @@ def probe(
     prompt = (torch.arange(prompt_tokens) % vocab_size).repeat(batch, 1)
     memory = exercise(lambda: load_engine(name, model, device=device, precision=precision), prompt, new_tokens)
     print(json.dumps(asdict(memory)))
-
-
-def _run_name(model: Path) -> str:
-    """What TensorBoard calls a profile: `prune` for prune/model, `quantize-ir_fp32` for quantize/ir_fp32."""
-    folder = model.resolve()
-    return folder.parent.name if folder.name == "model" else f"{folder.parent.name}-{folder.name}".strip("-")
 
 
 def _print_table(results: Any) -> None:

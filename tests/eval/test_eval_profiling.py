@@ -1,5 +1,6 @@
 """Profiles of a tiny engine: the files, what TensorBoard makes of them, and what a browser shows."""
 
+import gzip
 import json
 import os
 import re
@@ -20,7 +21,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from eval.errors import UserError, WorkError
@@ -55,8 +55,6 @@ def logdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A log folder with one profiled run."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    figure = Figure()
-    figure.subplots().plot([3, 1, 2])
     out = tmp_path_factory.mktemp("traces")
     folder = profile(
         TorchEngine(tiny_model(KEPT)),
@@ -66,7 +64,6 @@ def logdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         prompt_tokens=PROMPT,
         new_tokens=NEW,
         scalars={"quality/perplexity": 31.25},
-        figures={"head scores": figure},
     )
     assert folder == out / NAME
     torch.set_num_threads(threads)
@@ -100,7 +97,9 @@ def test_trace_has_one_range_a_step_with_the_models_work_inside(logdir: Path, ph
 
     heads = Counter(e["args"]["Input Dims"][0][1] for e in attention)
     assert heads == {3: steps, 5: steps, 1: steps}
-    assert sum(e["name"].startswith("nn.Module: Attention_") for e in events) == steps * LAYERS
+    modules = Counter(e["name"] for e in events if e["name"].startswith("nn.Module: "))
+    names = {f"nn.Module: {name or 'CompactGPT2LMHeadModel'}" for name, _ in tiny_model(KEPT).named_modules()}
+    assert modules == dict.fromkeys(names - {"nn.Module: transformer.h"}, steps)  # the list itself is never called
     assert any(e["name"] == "[memory]" for e in events)
 
 
@@ -117,12 +116,16 @@ def test_events_hold_scalars_charts_and_tables(logdir: Path) -> None:
     events = read_events(logdir / NAME)
     values = {tag: [e.value for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
     assert values.pop("quality/perplexity") == [31.25]
-    assert set(values) == {"latency/prefill_ms", "latency/decode_ms_per_token", "memory/peak_rss_mib"}
+    latencies, memory = {"prefill_ms", "decode_ms_per_token"}, {"prefill_peak_mib", "decode_peak_mib"}
+    assert set(values) == {f"latency/{name}" for name in latencies} | {f"memory/{name}" for name in memory}
     assert all(len(each) == 1 and each[0] > 0 for each in values.values())
-    peak_now = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    assert 50 < values["memory/peak_rss_mib"][0] <= peak_now
+    # At least the keys and values of the prompt, and no more than a hundred times those.
+    heads_kept = sum(map(len, KEPT))
+    cache = 2 * heads_kept * 8 * PROMPT * 4 / 2**20
+    assert cache <= values["memory/prefill_peak_mib"][0] < 100 * cache
 
-    assert set(events.Tags()["images"]) == {"operators/prefill", "operators/decode", "head scores"}
+    tags = {f"{what}/{phase}" for what in ("operators", "modules") for phase in ("prefill", "decode")}
+    assert set(events.Tags()["images"]) == tags
     for tag in events.Tags()["images"]:
         (image,) = events.Images(tag)
         assert image.encoded_image_string.startswith(b"\x89PNG") and image.width > 300
@@ -157,6 +160,17 @@ def test_table_agrees_with_the_trace(logdir: Path, phase: str, steps: int) -> No
     assert sum(shares) == pytest.approx(100, abs=0.06 * len(shares))
 
 
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_modules_table_adds_up_to_the_model(logdir: Path, phase: str) -> None:
+    lines = text(read_events(logdir / NAME), f"modules/{phase}").splitlines()
+    assert lines[0] == "| module | self CPU ms | share |"
+    cells = [re.findall(r"[^|` ]+", line) for line in lines[2:] if line[:1] == "|"]
+    rows = {name: float(ms) for name, ms, _ in cells}
+    assert {f"transformer.h.{layer}.attn.c_proj" for layer in range(LAYERS)} < set(rows)
+    whole = [e["dur"] for e in load_trace(logdir / NAME, phase) if e["name"] == "nn.Module: CompactGPT2LMHeadModel"]
+    assert sum(rows.values()) == pytest.approx(sum(whole) / 1000, rel=0.03)  # but for two that the table leaves out
+
+
 def test_profiling_again_replaces_what_it_wrote_and_nothing_else(logdir: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(logdir / NAME, tmp_path / NAME))
     first = {path.name for path in folder.iterdir()}
@@ -165,8 +179,10 @@ def test_profiling_again_replaces_what_it_wrote_and_nothing_else(logdir: Path, t
         (folder / name).write_text("")
     run_profile(tmp_path, scalars={"round": 2}, prompt_tokens=5, new_tokens=TRACED_STEPS + 13)
     second = {path.name for path in folder.iterdir()}
-    assert len(first) == 3 and others < second and len(second) == 5
-    assert not first & second
+    flames = {"prefill.cpu.svg", "decode.cpu.svg"}
+    assert len(first) == 5 and others < second and len(second) == 7
+    assert first & second == flames
+    assert all((folder / name).read_bytes() != (logdir / NAME / name).read_bytes() for name in flames)
     (events,) = folder.glob("events.*.profile")
     assert [e.value for e in read_events(events).Scalars("round")] == [2]
     # A long text is measured whole and traced in part.
@@ -202,6 +218,11 @@ def test_times_of_an_engines_own_nodes(tmp_path: Path) -> None:
         assert lines[2] == f"| `proj` | MatMul | {length:.3f} | {share} |"
         assert lines[3].startswith("| `fc/0` | MatMul | 1.500 |")
         assert len(lines) == 4  # a node that never ran is no row
+        assert (
+            text(events, f"nodes/{phase} by type").splitlines()[2] == f"| `MatMul` | 2 | {length + 1.5:.3f} | 100.0% |"
+        )
+        flame = (folder / f"{phase}.nodes.svg").read_text()
+        assert f"{length + 1.5:.3f} ms in all" in flame and "<title>MatMul · proj" in flame
 
 
 def test_long_tables_are_cut_and_say_so() -> None:
@@ -271,7 +292,8 @@ def test_without_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def get(url: str) -> Any:
     with urllib.request.urlopen(url, timeout=30) as answer:
-        return json.loads(answer.read())
+        content = answer.read()
+    return json.loads(gzip.decompress(content) if answer.headers["Content-Encoding"] == "gzip" else content)
 
 
 def wait_for(what: Callable[[], Any], seconds: float = 240) -> Any:
@@ -316,7 +338,7 @@ def test_tensorboard_lists_the_run(tensorboard: str) -> None:
     assert "engine/text_summary" in wait_for(lambda: get(f"{tensorboard}/data/plugin/text/tags").get(NAME))
 
 
-def test_profiler_tab_opens_both_traces(tensorboard: str) -> None:
+def test_profiler_tab_opens_both_traces(tensorboard: str, logdir: Path) -> None:
     plugin = f"{tensorboard}/data/plugin/pytorch_profiler"
     assert get(f"{plugin}/runs") == {"runs": [NAME], "loading": False}
     views = get(f"{plugin}/views?run={NAME}")
@@ -325,6 +347,10 @@ def test_profiler_tab_opens_both_traces(tensorboard: str) -> None:
     for worker, steps in (("prefill", 1), ("decode", NEW - 1)):
         query = f"run={NAME}&worker={worker}&span=1"
         assert len(get(f"{plugin}/overview?{query}&view=Overview")["steps"]["rows"]) == steps
+        modules = json.dumps(get(f"{plugin}/module?{query}&view=Module"))
+        assert '"transformer.h.1.attn"' in modules and '"Attention_1"' not in modules
+        drawn = get(f"{plugin}/trace?{query}&view=Trace")["traceEvents"]
+        assert drawn == load_trace(logdir / NAME, worker)
         rows = get(f"{plugin}/operation/table?{query}&view=Operator&group_by=Operation")["data"]
         calls = {row["name"]: row["calls"] for row in rows}
         assert calls["aten::scaled_dot_product_attention"] == steps * LAYERS
