@@ -96,9 +96,7 @@ def _rows(run: Path, engines: Sequence[str], device: str | None, precision: str 
     """The run's rows that are asked for and can run here; what cannot is said."""
     measured = {row.key: row for row in load_results(run / RESULTS).rows} if (run / RESULTS).exists() else {}
     found = []
-    for name in _stages(run):
-        RunFolder(run).verify(name)
-    for row in subjects(_stages(run)):
+    for row in subjects({name: RunFolder(run).verify(name).details for name in _stages(run)}):
         if row.engine not in (engines or [row.engine]) or (device or row.device, precision or row.precision) != (
             row.device,
             row.precision,
