@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from prose import prose
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
@@ -97,13 +98,6 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTra
     random_gpt2(3, n_layer=2, n_positions=48).save_pretrained(folder)
     tiny_tokenizer.save_pretrained(folder)
     return folder
-
-
-def prose(seed: int, paragraphs: int) -> str:
-    """Made-up sentences, the same for the same seed, each line longer than 100 characters."""
-    words = "the cat dog hat mat sat saw ran on and other old red big bird sang when under over tree house"
-    rng = np.random.default_rng(seed)
-    return "\n\n".join(" ".join(rng.choice(words.split(), 40)) + "." for _ in range(paragraphs)) + "\n"
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import prose
+from prose import prose
 
 from eval.errors import UserError
 from pipeline import prepare as module

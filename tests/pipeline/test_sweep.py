@@ -152,6 +152,7 @@ def test_a_point_that_fails(swept: tuple[Path, list[Outcome]], brief: str, tmp_p
     assert stored[1]["rows"] == next(plain(swept[1][:1]))["rows"] and stored[0]["rows"] == []
 
 
+@pytest.mark.slow
 def test_ray_gives_the_same(swept: tuple[Path, list[Outcome]], brief: str, tmp_path: Path) -> None:
     pytest.importorskip("ray", reason="Ray is an optional extra: pip install ray")
     out, outcomes = swept
