@@ -40,10 +40,11 @@ from eval.memory import snapshot
 from eval.results import latency_from, save_json
 from pipeline import hardware
 from pipeline.artifacts import git_commit, tree_bytes, versions
-from pipeline.checkpoint import load_model, load_tokenizer
+from pipeline.checkpoint import load_model
 from pipeline.data import encode
 from pipeline.model import CompactGPT2Config, CompactGPT2LMHeadModel
 from pipeline.texts import load_text
+from pipeline.tokenizer import load_tokenizer
 
 SHAPES = {
     "quick": {"vocab_size": 512, "n_positions": 128, "n_embd": 128, "n_layer": 2, "n_head": 4},

@@ -8,10 +8,10 @@ from typing import Any
 from eval.errors import UserError
 from eval.latency import measure, ratio
 from pipeline import hardware
-from pipeline.checkpoint import load_tokenizer
 from pipeline.data import encode
 from pipeline.engines import default_engine, load_engine
 from pipeline.texts import load_text
+from pipeline.tokenizer import load_tokenizer
 
 _PROMPT_TEXT = "embedded:test"
 

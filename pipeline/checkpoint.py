@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoTokenizer, GPT2LMHeadModel, PreTrainedTokenizerBase
+from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from eval.errors import UserError
@@ -58,15 +58,6 @@ def load_model(folder: Path, dtype: torch.dtype | str = torch.float32) -> Compac
         return (from_gpt2(model) if kind == "gpt2" else model).eval()
     except ValueError as error:
         raise UserError(f"{folder}: {error}") from error
-
-
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder. Raises `UserError` if there is none or it is damaged."""
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # tokenizers raises bare Exception for a damaged file
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{folder}: no usable tokenizer ({reason}); give a folder with tokenizer.json") from error
 
 
 def _config(folder: Path) -> dict[str, Any]:

@@ -188,10 +188,10 @@ def evaluate(
         print(json.dumps(outcome) if as_json else format_scores(outcome))
         return outcome
     from eval.perplexity import perplexity
-    from pipeline.checkpoint import load_tokenizer
     from pipeline.data import encode, sha256_text
     from pipeline.engines import default_engine, load_engine
     from pipeline.texts import load_text, raw_bytes
+    from pipeline.tokenizer import load_tokenizer
 
     loaded = load_engine(engine or default_engine(model), model, device=device, precision=precision)
     content = load_text(text)
@@ -254,9 +254,9 @@ def generate(
     precision: Precision = None,
 ) -> str:
     """Go on from a prompt; the text streams to stdout."""
-    from pipeline.checkpoint import load_tokenizer
     from pipeline.engines import default_engine, load_engine
     from pipeline.generation import generate as pieces
+    from pipeline.tokenizer import load_tokenizer
 
     loaded = load_engine(engine or default_engine(model), model, device=device, precision=precision)
     text = ""

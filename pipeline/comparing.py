@@ -9,10 +9,10 @@ import numpy as np
 
 from eval.agreement import Questions, compare, listen
 from eval.errors import UserError
-from pipeline.checkpoint import load_tokenizer
 from pipeline.data import encode, sha256_text
 from pipeline.engines import default_engine, load_engine
 from pipeline.texts import load_text
+from pipeline.tokenizer import load_tokenizer
 
 
 def compare_folders(

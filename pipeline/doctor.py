@@ -85,7 +85,7 @@ def _cuda_engine() -> tuple[bool, str]:
 
 
 def _openvino() -> tuple[bool, str]:
-    from pipeline.openvino_export import import_openvino
+    from pipeline.openvino_runtime import import_openvino
 
     devices = import_openvino().Core().available_devices
     return "CPU" in devices, f"devices {', '.join(devices)}"

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 
 from eval.errors import UserError
-from pipeline.openvino_export import IR_NAME, import_openvino, name_nodes, quiet
+from pipeline.openvino_export import name_nodes, quiet
+from pipeline.openvino_runtime import IR_NAME, import_openvino
 
 _SMOOTH_QUANT_ALPHA = 0.5
 """How much of the activations' spread moves into the weights: the paper's default."""

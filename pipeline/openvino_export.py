@@ -17,8 +17,8 @@ from transformers.utils import logging as transformers_logging
 from eval.errors import UserError
 from pipeline.ir_weights import compress_weights
 from pipeline.model import CompactGPT2LMHeadModel, in_fp32
+from pipeline.openvino_runtime import IR_NAME, import_openvino
 
-IR_NAME = "openvino_model.xml"
 TOKENIZER_IRS = ("openvino_tokenizer", "openvino_detokenizer")
 
 
@@ -79,19 +79,6 @@ def int8_weights(xml: str | Path) -> dict[str, list[int]]:
         for node in ir.get_ordered_ops()
         if node.get_type_name() == "Constant" and node.get_output_element_type(0).get_type_name() == "i8"
     }
-
-
-def import_openvino() -> Any:
-    """The openvino module, without its telemetry, which would go to the network at import.
-
-    Raises `UserError` where it is not installed.
-    """
-    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
-    try:
-        import openvino
-    except ImportError as error:
-        raise UserError(f"openvino cannot be imported ({error}); pip install openvino==2026.4.1") from error
-    return openvino
 
 
 def _save_tokenizer_irs(openvino: Any, tokenizer: Any, folder: Path) -> None:

@@ -19,9 +19,9 @@ from typing import Any, NoReturn
 from eval.errors import UserError
 from eval.results import save_json
 from pipeline.artifacts import RunFolder, disk_errors, replace_folder, sha256_file
-from pipeline.checkpoint import load_tokenizer
 from pipeline.corpus import Source, sources
 from pipeline.shards import MOST_TOKENS, Shard, ShardWriter, find_shards, open_shard
+from pipeline.tokenizer import load_tokenizer
 from pipeline.tokenizing import BAD_ENCODING, EMPTY, Style, encoded
 from pipeline.wikitext import DOCUMENT_MARK
 

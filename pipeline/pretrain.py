@@ -14,13 +14,14 @@ from eval.errors import UserError
 from eval.results import save_json
 from pipeline import hardware
 from pipeline.artifacts import RunFolder, disk_errors, replace_folder, sha256_file
-from pipeline.checkpoint import load_tokenizer, save_model
+from pipeline.checkpoint import save_model
 from pipeline.data import TokenBlocks, encode_many, read_text, tokenize_dataset
 from pipeline.model import CompactGPT2Config, CompactGPT2LMHeadModel
 from pipeline.optim import MuonAdamW, pretraining_groups
 from pipeline.prepare import MANIFEST, TOKENIZER, TOKENIZER_FILE, prepared_shards, read_manifest
 from pipeline.recipe import Pretrain
 from pipeline.shards import ShardBlocks, ShuffledBlocks
+from pipeline.tokenizer import load_tokenizer
 from pipeline.training import arguments, collate, run
 from pipeline.wikitext import DOCUMENT_MARK, styled_documents
 

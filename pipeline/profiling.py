@@ -10,13 +10,13 @@ from eval.errors import UserError
 from eval.profiling import profile, tensorboard_run
 from eval.results import Results, Row, load_results
 from pipeline.artifacts import MANIFEST, RunFolder
-from pipeline.checkpoint import load_tokenizer
 from pipeline.data import encode
 from pipeline.engines import default_engine, load_engine
 from pipeline.measure import subjects
 from pipeline.runner import RESULTS
 from pipeline.stages import BY_NAME
 from pipeline.texts import load_text
+from pipeline.tokenizer import load_tokenizer
 
 _TEXT = "embedded:test"
 

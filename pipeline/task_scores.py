@@ -8,8 +8,8 @@ from typing import Any
 from eval.task_data import load_documents
 from eval.tasks import EngineLM, evaluate
 from pipeline.artifacts import disk_errors, fingerprint, sha256_tree, versions
-from pipeline.checkpoint import load_tokenizer
 from pipeline.engines import default_engine, load_engine
+from pipeline.tokenizer import load_tokenizer
 from plots.tasks import PUBLISHED
 
 

@@ -4,7 +4,8 @@ import contextlib
 import importlib
 
 from eval.errors import UserError
-from pipeline.openvino_export import import_openvino, quiet
+from pipeline.openvino_export import quiet
+from pipeline.openvino_runtime import import_openvino
 
 with quiet(), contextlib.suppress(ImportError, UserError):  # a run says what is not installed, if it needs it
     importlib.import_module("pipeline.runner")

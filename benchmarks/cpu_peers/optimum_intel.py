@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from benchmarks.cpu_peers.runner import Stepwise
-from pipeline.openvino_export import import_openvino, quiet
+from pipeline.openvino_export import quiet
+from pipeline.openvino_runtime import import_openvino
 
 
 def convert(source: Path, out: Path, variant: str) -> None:

@@ -35,7 +35,7 @@ def load_engine(name: str, folder: Path, *, device: str | None = None, precision
 def import_engine(name: str) -> None:
     """Import what an engine needs, so that its libraries are not charged to the first model it loads."""
     if name == "openvino":
-        from pipeline.openvino_export import import_openvino
+        from pipeline.openvino_runtime import import_openvino
 
         import_openvino()
     importlib.import_module(f"pipeline.engines.{name}")

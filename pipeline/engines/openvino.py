@@ -11,7 +11,7 @@ import torch
 from eval.errors import UserError
 from pipeline.engines.paged import PagedRequest, page
 from pipeline.hardware import cpu_has_bf16
-from pipeline.openvino_export import IR_NAME, import_openvino
+from pipeline.openvino_runtime import IR_NAME, import_openvino
 
 # OpenVINO's defaults are not FP32: it may compute in bf16, keep keys and values in 8 bits and quantise activations.
 _TRUE_FP32 = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}

@@ -3,12 +3,13 @@
 from typing import Any
 
 from pipeline.artifacts import CHECKPOINTS
-from pipeline.checkpoint import load_model, load_tokenizer, save_model
+from pipeline.checkpoint import load_model, save_model
 from pipeline.data import tokenize_dataset
 from pipeline.recipe import Recipe
 from pipeline.stages.half import to_half
 from pipeline.stages.job import Job
 from pipeline.texts import load_text
+from pipeline.tokenizer import load_tokenizer
 from pipeline.training import drop_checkpoints, is_main_process, train
 
 VERSION = 1

@@ -5,9 +5,10 @@ from typing import Any
 import torch
 
 from eval.errors import WorkError
-from pipeline.checkpoint import load_model, load_tokenizer, save_model
+from pipeline.checkpoint import load_model, save_model
 from pipeline.recipe import Recipe
 from pipeline.stages.job import Job
+from pipeline.tokenizer import load_tokenizer
 
 VERSION = 1
 

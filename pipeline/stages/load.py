@@ -5,10 +5,11 @@ from typing import Any
 
 from eval.errors import UserError
 from pipeline.artifacts import fingerprint, sha256_file
-from pipeline.checkpoint import load_model, load_tokenizer, save_model
+from pipeline.checkpoint import load_model, save_model
 from pipeline.recipe import Recipe
 from pipeline.stages.job import Job
 from pipeline.texts import ASSETS
+from pipeline.tokenizer import load_tokenizer
 
 VERSION = 1
 EMBEDDED = ASSETS / "gpt2-mini"

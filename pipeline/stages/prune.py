@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from pipeline.checkpoint import load_model, load_tokenizer, save_model
+from pipeline.checkpoint import load_model, save_model
 from pipeline.compensate import compensate
 from pipeline.data import TokenBlocks, tokenize_dataset
 from pipeline.importance import choose_heads, head_scores
@@ -12,6 +12,7 @@ from pipeline.model import CompactGPT2LMHeadModel, slice_heads
 from pipeline.recipe import Prune, Recipe
 from pipeline.stages.job import Job
 from pipeline.texts import load_text
+from pipeline.tokenizer import load_tokenizer
 
 VERSION = 1
 

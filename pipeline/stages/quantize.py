@@ -3,11 +3,12 @@
 import sys
 from typing import Any
 
-from pipeline.checkpoint import load_model, load_tokenizer
+from pipeline.checkpoint import load_model
 from pipeline.data import TokenBlocks, tokenize_dataset
 from pipeline.recipe import Quantize, Recipe
 from pipeline.stages.job import Job
 from pipeline.texts import load_text
+from pipeline.tokenizer import load_tokenizer
 
 VERSION = 3
 _W8A8_BLOCKS = 8
@@ -31,7 +32,8 @@ def build(job: Job) -> dict[str, Any]:
     """Write `model/` (the quantised IR), and `ir_fp32/`, `ir_fp16/` and, if asked for, `ir_w8a8/` to compare with."""
     from pipeline.full_int8 import export_w8a8
     from pipeline.inc import INCQuantizer, WeightOnlyConfig
-    from pipeline.openvino_export import IR_NAME, export_openvino
+    from pipeline.openvino_export import export_openvino
+    from pipeline.openvino_runtime import IR_NAME
     from pipeline.sensitivity import four_bit_layers
 
     assert job.source is not None

@@ -9,10 +9,11 @@ from transformers import GPT2LMHeadModel
 from cuda_ext import CudaExtError, Engine
 from cuda_ext.engine import DECODE
 from eval.perplexity import perplexity
-from pipeline.checkpoint import load_model, load_tokenizer
+from pipeline.checkpoint import load_model
 from pipeline.engines.cuda import CudaEngine
 from pipeline.engines.torch import TorchEngine
 from pipeline.model import CompactGPT2Config, CompactGPT2LMHeadModel, slice_heads, to_gpt2
+from pipeline.tokenizer import load_tokenizer
 
 pytestmark = [
     pytest.mark.gpu,

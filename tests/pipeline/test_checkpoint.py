@@ -11,9 +11,10 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2LMHeadModel
 
 from eval.errors import UserError
-from pipeline.checkpoint import load_model, load_tokenizer, save_model
+from pipeline.checkpoint import load_model, save_model
 from pipeline.recipe import Recipe, parse_recipe
 from pipeline.runner import Runner
+from pipeline.tokenizer import load_tokenizer
 
 IDS = torch.tensor([[1, 2, 3, 5, 8, 13, 21]])
 

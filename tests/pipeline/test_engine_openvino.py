@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 import time
 from pathlib import Path
 
@@ -10,13 +11,14 @@ import torch
 
 from eval.engine import Engine
 from eval.errors import UserError
-from pipeline import openvino_export
+from pipeline import openvino_runtime
 from pipeline.engines import openvino as engine_module
 from pipeline.engines.openvino import OpenVINOEngine
 from pipeline.hardware import cpu_has_bf16
 from pipeline.inc import INCQuantizer
 from pipeline.model import CompactGPT2Config, CompactGPT2LMHeadModel
-from pipeline.openvino_export import IR_NAME, export_openvino
+from pipeline.openvino_export import export_openvino
+from pipeline.openvino_runtime import IR_NAME
 
 pytest.importorskip("openvino")
 VOCAB, CONTEXT = 101, 37
@@ -193,8 +195,8 @@ def test_broken_folders(irs: dict[str, Path], tmp_path: Path) -> None:
 
 
 def test_missing_openvino_is_one_line(irs: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    assert engine_module.import_openvino is openvino_export.import_openvino
-    monkeypatch.setitem(openvino_export.sys.modules, "openvino", None)
+    assert engine_module.import_openvino is openvino_runtime.import_openvino
+    monkeypatch.setitem(sys.modules, "openvino", None)
     with pytest.raises(UserError, match="pip install openvino"):
         OpenVINOEngine.from_folder(irs["fp32"])
 

@@ -16,7 +16,8 @@ from pipeline.full_int8 import export_w8a8
 from pipeline.inc import INCQuantizer, WeightOnlyConfig
 from pipeline.model import CompactGPT2Config, CompactGPT2LMHeadModel
 from pipeline.model.quantized import QuantizedLinear, dequantized
-from pipeline.openvino_export import IR_NAME, export_openvino
+from pipeline.openvino_export import export_openvino
+from pipeline.openvino_runtime import IR_NAME
 from pipeline.recipe import Recipe, load_recipe
 from pipeline.runner import Runner
 from pipeline.sensitivity import four_bit_layers

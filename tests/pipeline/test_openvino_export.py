@@ -2,6 +2,7 @@
 
 import copy
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,10 +11,10 @@ import pytest
 import torch
 
 from eval.errors import UserError
-from pipeline import openvino_export
 from pipeline.inc import INCQuantizer, WeightOnlyConfig
 from pipeline.model import CompactGPT2Config, CompactGPT2LMHeadModel
-from pipeline.openvino_export import IR_NAME, export_openvino, int8_weights
+from pipeline.openvino_export import export_openvino, int8_weights
+from pipeline.openvino_runtime import IR_NAME
 
 pytest.importorskip("openvino")
 VOCAB, WIDTH, POSITIONS = 101, 40, 37
@@ -175,7 +176,7 @@ def test_export_leaves_the_model_alone_and_stdout_empty(
 
 
 def test_missing_openvino_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(openvino_export.sys.modules, "openvino", None)
+    monkeypatch.setitem(sys.modules, "openvino", None)
     with pytest.raises(UserError, match="pip install openvino"):
         export_openvino(_model(), tmp_path / "never")
     assert not (tmp_path / "never").exists()

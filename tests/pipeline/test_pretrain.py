@@ -13,11 +13,12 @@ from transformers import Trainer, TrainerCallback
 
 from eval.errors import UserError, WorkError
 from pipeline.artifacts import sha256_tree
-from pipeline.checkpoint import load_model, load_tokenizer
+from pipeline.checkpoint import load_model
 from pipeline.prepare import prepare
 from pipeline.pretrain import pretrain
 from pipeline.recipe import Pretrain, parse_recipe
 from pipeline.shards import ShardBlocks, ShuffledBlocks, find_shards
+from pipeline.tokenizer import load_tokenizer
 from pipeline.training import collate
 from pipeline.wikitext import DOCUMENT_MARK
 

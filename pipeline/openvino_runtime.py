@@ -1,0 +1,21 @@
+"""OpenVINO, imported where it is used."""
+
+import sys
+from typing import Any
+
+from eval.errors import UserError
+
+IR_NAME = "openvino_model.xml"
+
+
+def import_openvino() -> Any:
+    """The openvino module, without its telemetry, which would go to the network at import.
+
+    Raises `UserError` where it is not installed.
+    """
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+    try:
+        import openvino
+    except ImportError as error:
+        raise UserError(f"openvino cannot be imported ({error}); pip install openvino==2026.4.1") from error
+    return openvino
