@@ -1,6 +1,8 @@
 """Generation against Hugging Face's own, and sampling against its definition."""
 
 import copy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -165,3 +167,18 @@ def test_the_command(cli, tiny_folder: Path, tiny_tokenizer) -> None:
     assert outputs[0] == outputs[1] != outputs[2]
     code, stdout, err = cli(*command, "--prompt", "the cat " * 50)
     assert (code, stdout, len(err.splitlines())) == (2, "", 1) and "exceed the context of 48" in err
+
+
+def test_an_ir_answers_without_what_only_models_need(finished_run: Path) -> None:
+    """Importing transformers' model code takes longer than everything else together."""
+    script = (
+        "import sys; from pipeline.cli import main\n"
+        "try:\n"
+        "    main()\n"
+        "finally:\n"
+        "    heavy = {'transformers.modeling_utils', 'datasets', 'optimum'}\n"
+        "    print(sorted(heavy & set(sys.modules)), file=sys.stderr)\n"
+    )
+    command = [sys.executable, "-c", script, "generate", finished_run / "quantize/model", "--prompt", PROMPT]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() and done.stderr.splitlines()[-1] == "[]"
