@@ -35,7 +35,7 @@ _CAPTIONS = {
     "tasks": ("Tasks", "Horizontal bars: accuracy of each row by task with 95 % intervals, GPT-2 124M's as a line"),
     "heads": ("Attention heads", "Heat map: score of each head by layer, crosses mark the pruned heads"),
     "learning_curves": ("Learning curves", "Lines: training loss in nats per token against the optimizer step"),
-    "quantization": ("INT8 weight error", "Lines: error of each kind of weight matrix in percent by layer"),
+    "quantization": ("Weight error of quantisation", "Lines: error of each kind of weight matrix in percent by layer"),
 }
 
 

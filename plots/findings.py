@@ -95,10 +95,18 @@ def _cost_of_pruning(results: Results) -> str:
 def _cost_of_int8(results: Results) -> str:
     pair = int8_pair(results)
     if pair is None:
-        return "what INT8 cost is not known, for it and its FP32 IR were not both measured on the same text"
+        return (
+            "what quantisation cost is not known, for its row and the FP32 IR were not both measured on the same text"
+        )
     ours, base = (row.perplexity for row in pair)
     numbers = f"({perplexity(ours)} against {perplexity(base)})"
-    return f"INT8 changed it by {change(ours, base)} against its FP32 IR {numbers}"
+    return f"{_codes(results)} changed it by {change(ours, base)} against its FP32 IR {numbers}"
+
+
+def _codes(results: Results) -> str:
+    """What the quantised row holds: `INT8`, `INT4-INT8`."""
+    row = int8_row(results)
+    return row.precision.upper() if row else "INT8"
 
 
 def shortfalls(results: Results) -> str:
@@ -163,7 +171,7 @@ def _missed_aims(results: Results) -> list[str]:
     found = []
     aims = (
         ("Pruned and fine-tuned, the model's perplexity", "the control arm's", finetuned_pair(results), FINETUNE_AIM),
-        ("INT8 perplexity", "its FP32 IR's", int8_pair(results), INT8_AIM),
+        (f"{_codes(results)} perplexity", "its FP32 IR's", int8_pair(results), INT8_AIM),
     )
     for what, whose, pair, aim in aims:
         if pair and pair[0].perplexity > aim * pair[1].perplexity:
@@ -173,7 +181,9 @@ def _missed_aims(results: Results) -> list[str]:
     ir = fp32_ir(results, row, lambda r: r.bytes_on_disk) if row else None
     if row and ir and row.bytes_on_disk and ir.bytes_on_disk and row.bytes_on_disk > INT8_SIZE_AIM * ir.bytes_on_disk:
         ratio = row.bytes_on_disk / ir.bytes_on_disk
-        found.append(f"An aim was missed: INT8 on disk is {ratio:.4f} × its FP32 IR, above {INT8_SIZE_AIM}.")
+        found.append(
+            f"An aim was missed: {_codes(results)} on disk is {ratio:.4f} × its FP32 IR, above {INT8_SIZE_AIM}."
+        )
     return found
 
 

@@ -42,16 +42,24 @@ def by_layer(results: Results) -> Words | None:
     ]
     worst = max(layers, key=lambda layer: layer.error)
     summary = (
-        f"{count(len(layers), 'linear layer')} in INT8 ({layers[0].scheme}). The rounding changes a matrix by "
+        f"{_by_scheme(layers)}. The rounding changes a matrix by "
         f"{share(min(layer.error for layer in layers))} to {share(worst.error)} of its norm, "
         f"{worst.name.removeprefix('transformer.')} the most.{_arithmetic([layer.kernel for layer in layers])}"
     )
     note = (
         "Weight error: the norm of the change over that of the weight. Multiplied here by: the node and kernel that "
-        "OpenVINO chose on this machine; what ends in f32 or bf16 unpacks INT8 weights on their way into products of "
-        "that type, so INT8 saves memory traffic there, not arithmetic."
+        "OpenVINO chose on this machine; what ends in f32 or bf16 unpacks integer weights on their way into products "
+        "of that type, so they save memory traffic there, not arithmetic."
     )
     return Words(summary, lines, note)
+
+
+def _by_scheme(layers: list[QuantizedLayer]) -> str:
+    """How many layers have which bits and scales."""
+    schemes = Counter((layer.bits, layer.scheme) for layer in layers)
+    (first, number), *others = sorted(schemes.items(), reverse=True)
+    words = f"{count(number, 'linear layer')} in INT{first[0]} ({first[1]})"
+    return words + "".join(f", {number} in INT{bits} ({scheme})" for (bits, scheme), number in others)
 
 
 def _arithmetic(kernels: list[str | None]) -> str:
@@ -72,14 +80,14 @@ def draw(results: Results) -> "Figure | None":
     for matrix in results.quantization:
         kind, layer = _place(matrix)
         kinds.setdefault(kind, []).append((layer, 100 * matrix.error))
-    note = "The norm of what INT8 rounding changed over that of the weight. Dashed: a matrix outside the layers."
+    note = "The norm of what rounding changed over that of the weight. Dashed: a matrix outside the layers."
     looks = {kind: {**style.series(index), "linewidth": 1.2} for index, kind in enumerate(kinds)}
     layers = 1 + max((layer or 0 for points in kinds.values() for layer, _ in points))
     for kind, points in kinds.items():
         if any(layer is None for layer, _ in points):
             looks[kind] |= {"marker": "", "linestyle": "--"}
     handles = [Line2D([], [], label=kind, **look) for kind, look in looks.items()]
-    figure = style.frame("INT8 weight error", 2.8, note, handles)
+    figure = style.frame("Weight error of quantisation", 2.8, note, handles)
     axes = figure.subplots()
     for kind, points in kinds.items():
         # A matrix outside the layers goes from side to side.
@@ -93,7 +101,7 @@ def draw(results: Results) -> "Figure | None":
     axes.set_ylabel("weight error (%)")
     axes.set_xlim(-0.5, layers - 0.5)
     axes.set_xticks(range(0, layers, -(-layers // 16)))
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.08 * max(100 * matrix.error for matrix in results.quantization))
     axes.grid()
     return figure
 

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import sample_results as sample
 
-from plots import findings
+from plots import findings, quantization
 
 
 def row_of(results, key):
@@ -171,3 +171,14 @@ def test_three_sentences_whatever_was_measured():
         assert all(text.endswith(".") and text[0].isupper() for text in sentences)
     assert findings.gains(sample.empty()).startswith("What the chain gained cannot be told")
     assert findings.shortfalls(sample.empty()).startswith("No step can be compared")
+
+
+def test_four_bits_are_not_called_int8() -> None:
+    results = sample.full()
+    row = next(row for row in results.rows if row.precision == "int8")
+    row.precision = "int4-int8"
+    layer = dataclasses.replace(results.quantization[0], name="transformer.h.1.mlp.c_fc", bits=4, scheme="groups")
+    results.quantization.append(layer)
+    assert "INT4-INT8 changed it by" in findings.costs(results)
+    words = quantization.by_layer(results)
+    assert words is not None and ", 1 in INT4 (groups)." in words.summary
