@@ -105,6 +105,20 @@ class Row:
         """What tells rows apart, as in `finetune/torch/cpu/fp32`."""
         return "/".join((self.stage, self.engine, self.device, self.precision))
 
+    def numbers(self) -> dict[str, float]:
+        """What was measured, as scalars to log: name with unit -> value; times are medians."""
+        found = {"size_mb": self.bytes_on_disk / 1e6} if self.bytes_on_disk else {}
+        if self.quality:
+            found["perplexity"] = self.quality.perplexity
+        if self.latency:
+            prefill, decode = self.latency.prefill.p50, self.latency.decode.p50
+            found |= {"prefill_ms": 1e3 * prefill, "decode_ms_per_token": 1e3 * decode}
+        if self.memory:
+            found["peak_rss_mb"] = self.memory.peak_rss / 1e6
+            if self.memory.gpu_process is not None:
+                found["gpu_process_mb"] = self.memory.gpu_process / 1e6
+        return found
+
 
 @dataclass
 class Heads:

@@ -116,16 +116,7 @@ def _rows(run: Path, engines: Sequence[str], device: str | None, precision: str 
 
 def _measured(row: Row) -> dict[str, float]:
     """What the run measured properly, of which the profile's own numbers are a glimpse."""
-    found = {"size_mb": row.bytes_on_disk / 1e6} if row.bytes_on_disk else {}
-    if row.quality:
-        found["perplexity"] = row.quality.perplexity
-    if row.latency:
-        found |= {"prefill_ms": 1e3 * row.latency.prefill.p50, "decode_ms_per_token": 1e3 * row.latency.decode.p50}
-    if row.memory:
-        found["peak_rss_mb"] = row.memory.peak_rss / 1e6
-        if row.memory.gpu_process is not None:
-            found["gpu_process_mb"] = row.memory.gpu_process / 1e6
-    return {f"measured/{name}": value for name, value in found.items()}
+    return {f"measured/{name}": value for name, value in row.numbers().items()}
 
 
 def _add_run(results: Results, plots: Path, out: Path) -> list[Path]:

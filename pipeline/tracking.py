@@ -71,17 +71,7 @@ class Tracking:
 
 def _numbers(results: Results) -> dict[str, float]:
     """`perplexity/ROW` and the like -> value, for all that was measured."""
-    found: dict[str, float] = {}
-    for row in results.rows:
-        facts = {"size_mb": row.bytes_on_disk / 1e6 if row.bytes_on_disk else None}
-        if row.quality:
-            facts["perplexity"] = row.quality.perplexity
-        if row.latency:
-            facts |= {"prefill_ms": 1e3 * row.latency.prefill.p50, "decode_ms": 1e3 * row.latency.decode.p50}
-        if row.memory:
-            facts["peak_rss_mb"] = row.memory.peak_rss / 1e6
-        found |= {f"{name}/{row.key}": value for name, value in facts.items() if value is not None}
-    return found
+    return {f"{name}/{row.key}": value for row in results.rows for name, value in row.numbers().items()}
 
 
 @contextlib.contextmanager

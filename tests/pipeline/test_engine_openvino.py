@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from uneven import uneven_model
 
 from eval.engine import Engine
 from eval.errors import UserError
@@ -16,7 +17,7 @@ from pipeline.engines import openvino as engine_module
 from pipeline.engines.openvino import OpenVINOEngine
 from pipeline.hardware import cpu_has_bf16
 from pipeline.inc import INCQuantizer
-from pipeline.model import CompactGPT2Config, CompactGPT2LMHeadModel
+from pipeline.model import CompactGPT2LMHeadModel
 from pipeline.openvino_export import export_openvino
 from pipeline.openvino_runtime import IR_NAME
 
@@ -26,22 +27,7 @@ VOCAB, CONTEXT = 101, 37
 
 @pytest.fixture(scope="module")
 def model() -> CompactGPT2LMHeadModel:
-    config = CompactGPT2Config(
-        vocab_size=VOCAB,
-        n_positions=CONTEXT,
-        n_embd=40,
-        n_layer=3,
-        n_head=5,
-        kept_heads=[[0, 1, 2, 3, 4], [3], [0, 2, 4]],
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    torch.manual_seed(0)
-    model = CompactGPT2LMHeadModel(config).eval()
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.add_(torch.randn(weight.shape) * 0.1)
-    return model
+    return uneven_model()
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from uneven import uneven_model
 
 from eval.errors import UserError
 from eval.results import load_results
@@ -14,7 +15,7 @@ from pipeline.data import TokenBlocks
 from pipeline.engines.openvino import OpenVINOEngine
 from pipeline.full_int8 import export_w8a8
 from pipeline.inc import INCQuantizer, WeightOnlyConfig
-from pipeline.model import CompactGPT2Config, CompactGPT2LMHeadModel
+from pipeline.model import CompactGPT2LMHeadModel
 from pipeline.model.quantized import QuantizedLinear, dequantized
 from pipeline.openvino_export import export_openvino
 from pipeline.openvino_runtime import IR_NAME
@@ -37,22 +38,7 @@ FITTING = [
 
 @pytest.fixture(scope="module")
 def model() -> CompactGPT2LMHeadModel:
-    torch.manual_seed(0)
-    config = CompactGPT2Config(
-        vocab_size=101,
-        n_positions=48,
-        n_embd=64,
-        n_layer=2,
-        n_head=4,
-        kept_heads=[[0, 1, 2, 3], [0, 3]],
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    model = CompactGPT2LMHeadModel(config).eval()
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.add_(torch.randn(weight.shape) * 0.1)
-    return model
+    return uneven_model(n_positions=48, n_embd=64, n_layer=2, n_head=4, kept_heads=[[0, 1, 2, 3], [0, 3]])
 
 
 @pytest.fixture(scope="module")

@@ -179,6 +179,7 @@ def test_an_ir_answers_without_what_only_models_need(finished_run: Path) -> None
         "    heavy = {'transformers.modeling_utils', 'datasets', 'optimum'}\n"
         "    print(sorted(heavy & set(sys.modules)), file=sys.stderr)\n"
     )
-    command = [sys.executable, "-c", script, "generate", finished_run / "quantize/model", "--prompt", PROMPT]
+    command = [sys.executable, "-c", script, "generate", str(finished_run / "quantize/model")]
+    command += ["--prompt", PROMPT, "--max-new-tokens", "3"]
     done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True)
     assert done.stdout.strip() and done.stderr.splitlines()[-1] == "[]"

@@ -4,28 +4,20 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from uneven import uneven_model
 
 from eval.errors import UserError
 from pipeline.data import TokenBlocks
 from pipeline.inc import INCQuantizer, WeightOnlyConfig
-from pipeline.model import CompactGPT2Config, CompactGPT2LMHeadModel
+from pipeline.model import CompactGPT2LMHeadModel
 from pipeline.model.quantized import HalfEmbedding, QuantizedEmbedding, QuantizedLinear
 
-KEPT = [[0, 1, 2, 3, 4], [3], [0, 2, 4]]
 IDS = torch.randint(0, 101, (3, 23), generator=torch.Generator().manual_seed(3))
 
 
 @pytest.fixture
 def model() -> CompactGPT2LMHeadModel:
-    config = CompactGPT2Config(
-        vocab_size=101, n_positions=37, n_embd=40, n_layer=3, n_head=5, kept_heads=KEPT, bos_token_id=0, eos_token_id=0
-    )
-    torch.manual_seed(0)
-    model = CompactGPT2LMHeadModel(config).eval()
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.add_(torch.randn(weight.shape) * 0.1)
-    return model
+    return uneven_model()
 
 
 @pytest.fixture

@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from uneven import uneven_model
 
 from eval.errors import UserError
 from pipeline.inc import INCQuantizer, WeightOnlyConfig
-from pipeline.model import CompactGPT2Config, CompactGPT2LMHeadModel
+from pipeline.model import CompactGPT2LMHeadModel
 from pipeline.openvino_export import export_openvino, int8_weights
 from pipeline.openvino_runtime import IR_NAME
 
@@ -21,28 +22,9 @@ VOCAB, WIDTH, POSITIONS = 101, 40, 37
 Export = Callable[..., Path]
 
 
-def _model(vocab: int = VOCAB, width: int = WIDTH, positions: int = POSITIONS, layers: int = 3, **heads: object):
-    torch.manual_seed(0)
-    config = CompactGPT2Config(
-        vocab_size=vocab,
-        n_positions=positions,
-        n_embd=width,
-        n_layer=layers,
-        n_head=5,
-        bos_token_id=0,
-        eos_token_id=0,
-        **({"kept_heads": [[0, 1, 2, 3, 4], [3], [0, 2, 4]]} | heads),
-    )
-    model = CompactGPT2LMHeadModel(config).eval()
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.add_(torch.randn(weight.shape) * 0.1)
-    return model
-
-
 @pytest.fixture(scope="module")
 def models() -> dict[str, CompactGPT2LMHeadModel]:
-    fp32 = _model()
+    fp32 = uneven_model()
     int8 = INCQuantizer.from_pretrained(fp32).quantize()
     return {"fp32": fp32, "fp16": fp32, "int8": int8}
 
@@ -142,7 +124,13 @@ def test_the_same_model_gives_the_same_bytes(
 
 
 def test_int8_is_about_a_quarter_of_fp32(tmp_path: Path) -> None:
-    model = _model(8192, 320, 512, 4, kept_heads=[[0, 1, 2, 3, 4], [1, 3], [0, 2, 4], [0, 1, 2, 3]])
+    model = uneven_model(
+        vocab_size=8192,
+        n_embd=320,
+        n_positions=512,
+        n_layer=4,
+        kept_heads=[[0, 1, 2, 3, 4], [1, 3], [0, 2, 4], [0, 1, 2, 3]],
+    )
     INCQuantizer.from_pretrained(model).quantize(save_directory=tmp_path / "int8")
     fp32 = _bytes(export_openvino(model, tmp_path / "fp32"))
     assert fp32 > 4 * model.num_parameters()
@@ -155,7 +143,7 @@ def test_inc_saves_ir_tokenizer_and_report(tmp_path: Path, tiny_tokenizer) -> No
 
     blocks = TokenBlocks(np.random.default_rng(1).integers(0, VOCAB, (5, 31)))
     config = WeightOnlyConfig("gptq", ignore=("lm_head",))
-    INCQuantizer.from_pretrained(_model(), tiny_tokenizer).quantize(config, blocks, tmp_path)
+    INCQuantizer.from_pretrained(uneven_model(), tiny_tokenizer).quantize(config, blocks, tmp_path)
     layers = json.loads((tmp_path / "quantization.json").read_text())["layers"]
     assert len(layers) == 12 and {layer["method"] for layer in layers} == {"gptq"}
     assert _constants(tmp_path).count(("f32", [VOCAB, WIDTH])) == 1
@@ -178,7 +166,7 @@ def test_export_leaves_the_model_alone_and_stdout_empty(
 def test_missing_openvino_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "openvino", None)
     with pytest.raises(UserError, match="pip install openvino"):
-        export_openvino(_model(), tmp_path / "never")
+        export_openvino(uneven_model(), tmp_path / "never")
     assert not (tmp_path / "never").exists()
 
 
@@ -187,7 +175,9 @@ def test_openvino_genai_runs_the_folder_with_its_own_tokenizer(tmp_path: Path, t
 
     from pipeline.engines.openvino import OpenVINOEngine
 
-    INCQuantizer.from_pretrained(_model(vocab=len(tiny_tokenizer)), tiny_tokenizer).quantize(save_directory=tmp_path)
+    INCQuantizer.from_pretrained(uneven_model(vocab_size=len(tiny_tokenizer)), tiny_tokenizer).quantize(
+        save_directory=tmp_path
+    )
     text, count = "The river was named", 12
     options = openvino_genai.GenerationConfig(max_new_tokens=count, do_sample=False, ignore_eos=True)
     written = openvino_genai.LLMPipeline(str(tmp_path), "CPU").generate(text, options)

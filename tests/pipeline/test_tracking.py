@@ -44,7 +44,7 @@ def test_tensorboard_has_the_training_and_the_table(
         key = "/".join(row[part] for part in ("stage", "engine", "device", "precision"))
         assert table[f"perplexity/{key}"] == [(0, pytest.approx(row["quality"]["perplexity"]))]
         if row["latency"]:
-            assert table[f"decode_ms/{key}"] == [(0, pytest.approx(1e3 * row["latency"]["decode"]["p50"]))]
+            assert table[f"decode_ms_per_token/{key}"] == [(0, pytest.approx(1e3 * row["latency"]["decode"]["p50"]))]
     assert sum(tag.startswith("perplexity/") for tag in table) == len(measured)
 
 
