@@ -202,6 +202,7 @@ def notebook(tmp_path: Path) -> Notebook:
 
 def test_progress_goes_to_stderr_and_answers_stay(notebook: Notebook, capfd: pytest.CaptureFixture[str]) -> None:
     bar = "from IPython.display import display\nbar = display('10 %', display_id=True)\nbar.update('20 %')"
+    bar += "\ndisplay({'text/plain': '', 'text/html': '<pre></pre>'}, raw=True)"
     pieces = "import sys\nfor word in 'abc':\n    print(word, end='', flush=True)\n    print('busy', file=sys.stderr)"
     path = notebook("import os\nprint(os.getcwd())", pieces, bar, "6 * 7")
     run_notebook(path)
