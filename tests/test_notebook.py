@@ -27,7 +27,7 @@ FIGURES = ("heads", "curves", "recovery", "size", "layers", "latency", "tradeoff
 SILENT = ("parameters", "scores", "rounding")
 """Those that show nothing: choices, and what the exercises start from."""
 SOLUTIONS = {
-    "scores": "my_scores = [[without(layer, head) for head in range(5)] for layer in range(4)]",
+    "scores": 'assert without(0, 0) > 1\nmy_scores = pruned.heads["prune"].scores',
     "rounding": "def quantize_rows(weight):\n"
     "    scale = weight.abs().amax(dim=1, keepdim=True) / 127\n"
     "    return (weight / scale).round().to(torch.int8), scale",
@@ -156,7 +156,7 @@ class TestProject:
         assert report.is_file() and str(report) in _printed(_code(executed)["run"])
         (said,) = _shown(_code(executed)["conclude"], "text/markdown")
         assert "INT8" in said and "against the dense model fine-tuned alike" in said
-        assert "0.200 % of the evaluation text" in _shown(_code(executed)["caveats"], "text/markdown")[0]
+        assert "5.00 % of the evaluation text" in _shown(_code(executed)["caveats"], "text/markdown")[0]
 
     @pytest.mark.skipif(hardware.gpu() is not None, reason="a GPU is here")
     def test_without_a_gpu_one_sentence_says_so(self, executed: NotebookNode) -> None:
