@@ -30,8 +30,8 @@ class _Client(NotebookClient):
         if msg["msg_type"] == "stream" and msg["content"]["name"] == "stderr":
             print(msg["content"]["text"], end="", file=sys.stderr, flush=True)
             return None
-        if display_id:  # made to be updated in place: a progress bar
-            return None
+        if display_id or msg["content"].get("data", {}).get("text/plain") == "":
+            return None  # a progress bar: made to be updated in place, or gone when it has ended
         return super().output(outs, msg, display_id, cell_index)
 
 

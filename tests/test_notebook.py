@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from xml.etree import ElementTree
 
 import nbformat
 import psutil
@@ -17,24 +18,21 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from benchmarks.notebook import ROOT, main, run_notebook
 from eval.errors import UserError
 from eval.results import load_results
+from pipeline import hardware
 from pipeline.stages import BY_NAME
 
 PROJECT = ROOT / "project.ipynb"
-FIGURES = ("heads", "curves", "size", "latency", "quality", "tradeoff")
+FIGURES = ("heads", "curves", "recovery", "size", "layers", "latency", "tradeoff", "agreement", "sweep-figure")
 """The ids of the cells that end in a figure."""
-TINY = [
-    "prune.calibration_blocks=2",
-    "prune.block_size=64",
-    "finetune.steps=2",
-    "finetune.batch_size=2",
-    "finetune.block_size=64",
-    "measure.text_share=0.004",
-    "measure.min_count=2",
-    "measure.min_seconds=0",
-    "measure.prompt_tokens=17",
-    "measure.new_tokens=3",
-    "measure.memory=false",
-]
+SILENT = ("parameters", "scores", "rounding")
+"""Those that show nothing: choices, and what the exercises start from."""
+SOLUTIONS = {
+    "scores": 'assert without(0, 0) > 1\nmy_scores = pruned.heads["prune"].scores',
+    "rounding": "def quantize_rows(weight):\n"
+    "    scale = weight.abs().amax(dim=1, keepdim=True) / 127\n"
+    "    return (weight / scale).round().to(torch.int8), scale",
+}
+"""By exercise: what a reader may answer."""
 
 
 def _code(notebook: NotebookNode) -> dict[str, NotebookNode]:
@@ -45,23 +43,29 @@ def _printed(cell: NotebookNode) -> str:
     return "".join(output.text for output in cell.outputs if output.output_type == "stream")
 
 
-def _shows_png(cell: NotebookNode) -> bool:
-    return any("image/png" in output.get("data", {}) for output in cell.outputs)
+def _shown(cell: NotebookNode, kind: str) -> list[str]:
+    return [output.data[kind] for output in cell.outputs if kind in output.get("data", {})]
 
 
 def _assert_ran(notebook: NotebookNode) -> None:
-    """Every code cell ran, in order, without an error, and all but the parameters left something to see."""
+    """Every code cell ran, in order, without an error, and all that should left something to see."""
     cells = _code(notebook)
     assert [cell.execution_count for cell in cells.values()] == list(range(1, len(cells) + 1))
     for name, cell in cells.items():
-        assert cell.outputs or name == "parameters", f"cell {name} shows nothing"
+        assert cell.outputs or name.startswith(SILENT), f"cell {name} shows nothing"
         assert not [output for output in cell.outputs if output.output_type == "error"]
         assert not [output for output in cell.outputs if output.get("name") == "stderr"]
-    assert [name for name in FIGURES if not _shows_png(cells[name])] == []
+    assert [name for name in FIGURES if not _shown(cells[name], "image/png")] == []
+    (flames,) = _shown(cells["flame"], "image/svg+xml")
+    titles = [title.text or "" for title in ElementTree.fromstring(flames).iter("{http://www.w3.org/2000/svg}title")]
+    assert any("transformer.h.0.attn" in title for title in titles)
 
 
 class TestProject:
-    """The notebook itself, on the embedded model and text, with as little work as shows everything."""
+    """The notebook itself, on the embedded model and text, with as little work as shows everything.
+
+    Each exercise is answered once more behind its check, and checked again.
+    """
 
     @pytest.fixture(scope="class")
     def folder(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -69,12 +73,19 @@ class TestProject:
 
     @pytest.fixture(scope="class")
     def executed(self, folder: Path) -> NotebookNode:
-        arguments = [str(PROJECT), "--out", str(folder / "out.ipynb"), "--run-folder", str(folder / "run")]
-        for change in TINY:
-            arguments += ["--set", change]
-        before = PROJECT.read_bytes()
-        assert main(arguments) == 0
-        assert PROJECT.read_bytes() == before, "the notebook in the repository was touched"
+        notebook = nbformat.read(PROJECT, as_version=4)
+        for name, answer in SOLUTIONS.items():
+            check = _code(notebook)[f"check-{name}"]
+            place = notebook.cells.index(check) + 1
+            again = new_code_cell(check.source, id=f"check-{name}-again")
+            notebook.cells[place:place] = [new_code_cell(answer, id=f"{name}-answered"), again]
+        nbformat.write(notebook, folder / "project.ipynb")
+        before = (folder / "project.ipynb").read_bytes()
+        arguments = [str(folder / "project.ipynb"), "--out", str(folder / "out.ipynb")]
+        with pytest.MonkeyPatch.context() as environment:
+            environment.setenv("HEADROOM_QUICK", "1")
+            assert main([*arguments, "--run-folder", str(folder / "run")]) == 0
+        assert (folder / "project.ipynb").read_bytes() == before, "the notebook was touched"
         return nbformat.read(folder / "out.ipynb", as_version=4)
 
     def test_every_cell_runs(self, executed: NotebookNode) -> None:
@@ -86,7 +97,8 @@ class TestProject:
             for node in ast.parse(_code(executed)["parameters"].source).body
             if isinstance(node, ast.Assign)
         }
-        assert assigned == {"recipe": "demo", "run_folder": str(folder / "run"), "overrides": TINY}
+        assert assigned.keys() == {"recipe", "run_folder", "overrides"}
+        assert (assigned["recipe"], assigned["run_folder"]) == ("demo", str(folder / "run"))
 
     def test_the_table_holds_every_stage_and_the_perplexities_measured(
         self, executed: NotebookNode, folder: Path
@@ -95,9 +107,12 @@ class TestProject:
             line.split(" ")[0]: line for line in _printed(_code(executed)["run"]).splitlines() if " · cpu · " in line
         }
         assert set(BY_NAME) <= set(rows)
-        for row in load_results(folder / "run" / "results.json").rows:
+        results = load_results(folder / "run" / "results.json")
+        for row in results.rows:
             if row.device == "cpu" and row.quality and row.stage != "quantize":
                 assert f"{row.quality.perplexity:.2f}" in rows[row.stage]
+        irs = {row.precision for row in results.rows if row.stage == "quantize" and row.quality}
+        assert {"fp32", "fp16", "int8", "w8a8"} <= irs
 
     def test_the_heads_named_are_those_that_the_stage_dropped(self, executed: NotebookNode, folder: Path) -> None:
         kept = json.loads((folder / "run/prune/stage.json").read_text())["details"]["kept"]
@@ -112,22 +127,48 @@ class TestProject:
         in_order, shuffled = (float(line.split()[1]) for line in lines if line.startswith("perplexity "))
         assert 2 * in_order < shuffled
 
+    @pytest.mark.parametrize("exercise", SOLUTIONS)
+    def test_a_check_tells_an_answer_from_what_the_exercise_starts_with(
+        self, executed: NotebookNode, exercise: str
+    ) -> None:
+        cells = _code(executed)
+        assert ": not yet, " in _printed(cells[f"check-{exercise}"])
+        assert ": done." in _printed(cells[f"check-{exercise}-again"])
+
     def test_optimum_continues_the_prompt_from_the_ir(self, executed: NotebookNode) -> None:
         text = _printed(_code(executed)["optimum"])
         assert text.startswith("The city was founded in") and len(text.split()) > 15
 
+    def test_the_sweep_makes_nothing_but_the_other_quantisation(self, executed: NotebookNode, folder: Path) -> None:
+        log = (folder / "run/sweep/points/quantize.bits=mixed/log.txt").read_text()
+        made = {name for name in BY_NAME if f"{name}: at work" in log}
+        assert made == {"quantize"} and "finetune: shared" in log
+        bits = [line.split()[0] for line in _printed(_code(executed)["bits"]).splitlines()]
+        assert len(bits) == 4 * 4 + 1 and set(bits) == {"4", "8"}
+
+    def test_the_exported_code_gives_the_same_logits(self, executed: NotebookNode, folder: Path) -> None:
+        said = _printed(_code(executed)["reload"]).splitlines()
+        assert said[0].startswith("CompactGPT2LMHeadModel from transformers_modules,")
+        assert said[1].endswith(": 0.0") and (folder / "run/export/model.safetensors").is_file()
+
     def test_it_ends_with_the_report_and_with_sentences(self, executed: NotebookNode, folder: Path) -> None:
         report = folder / "run" / "report.html"
         assert report.is_file() and str(report) in _printed(_code(executed)["run"])
-        said = _code(executed)["conclude"].outputs[0].data["text/markdown"]
+        (said,) = _shown(_code(executed)["conclude"], "text/markdown")
         assert "INT8" in said and "against the dense model fine-tuned alike" in said
-        assert "0.400 % of the evaluation text" in _code(executed)["caveats"].outputs[0].data["text/markdown"]
+        assert "5.00 % of the evaluation text" in _shown(_code(executed)["caveats"], "text/markdown")[0]
+
+    @pytest.mark.skipif(hardware.gpu() is not None, reason="a GPU is here")
+    def test_without_a_gpu_one_sentence_says_so(self, executed: NotebookNode) -> None:
+        (line,) = _printed(_code(executed)["gpu"]).splitlines()
+        assert line.startswith("Skipped: ")
 
 
 def test_the_saved_notebook_shows_a_whole_run() -> None:
     text = PROJECT.read_text(encoding="utf-8")
     notebook = nbformat.reads(text, as_version=4)
     _assert_ran(notebook)
+    assert len(text.encode()) < 1_000_000
     assert notebook.metadata.kernelspec.name == "python3"
     assert all("execution" not in cell.metadata for cell in notebook.cells), "time stamps"
     assert str(ROOT) not in text and str(Path.home()) not in text, "paths of the machine it ran on"
@@ -161,6 +202,7 @@ def notebook(tmp_path: Path) -> Notebook:
 
 def test_progress_goes_to_stderr_and_answers_stay(notebook: Notebook, capfd: pytest.CaptureFixture[str]) -> None:
     bar = "from IPython.display import display\nbar = display('10 %', display_id=True)\nbar.update('20 %')"
+    bar += "\ndisplay({'text/plain': '', 'text/html': '<pre></pre>'}, raw=True)"
     pieces = "import sys\nfor word in 'abc':\n    print(word, end='', flush=True)\n    print('busy', file=sys.stderr)"
     path = notebook("import os\nprint(os.getcwd())", pieces, bar, "6 * 7")
     run_notebook(path)
