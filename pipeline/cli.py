@@ -445,10 +445,20 @@ def pretrain(
     out: Annotated[Path, typer.Option(help="Checkpoints, curve and model; resumes what is there.")] = Path("runs/mini"),
     set: Set = None,
 ) -> Path:
-    """Train a GPT-2-architecture model and its tokenizer from scratch."""
+    """Train a GPT-2-architecture model and its tokenizer from scratch. Also under torchrun and accelerate launch.
+
+    One node:      torchrun --nproc-per-node 8 -m pipeline pretrain --recipe R --set parallel=ddp ...
+
+    Several nodes: on each of them, with one OUT that all see: torchrun --nnodes 2 --nproc-per-node 8
+    --rdzv-backend c10d --rdzv-endpoint FIRST_NODE:29500 -m pipeline pretrain ...
+
+    parallel is none, ddp or zero1. A step takes batch_size x accumulation blocks whatever the number of processes is,
+    and a checkpoint fits any number of them.
+    """
     from pipeline.pretrain import pretrain as train
     from pipeline.recipe import Pretrain, load_recipe
     from pipeline.texts import load_text
+    from pipeline.training import is_main_process
 
     choices = load_recipe(Pretrain, recipe, set or [])
     files = [*([text] if text else []), *(more or [])]
@@ -456,7 +466,8 @@ def pretrain(
         raise UserError("pretrain: give either --text FILES or --set shards=FOLDER (see data prepare)")
     validation = choices.validation or ("embedded:valid" if files else None)
     folder = train(choices, files, out, load_text(validation) if validation else None)
-    print(f"Model: {folder}")
+    if is_main_process():
+        print(f"Model: {folder}")
     return folder
 
 

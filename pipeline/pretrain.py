@@ -1,5 +1,6 @@
 """Train CompactGPT2 from scratch with the Hugging Face `Trainer`: tokenizer, shards, model, curve."""
 
+import contextlib
 import json
 import os
 import sys
@@ -8,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import PreTrainedTokenizerFast, Trainer, set_seed
+import torch
+from transformers import PreTrainedTokenizerFast, TrainingArguments, set_seed
 
 from eval.errors import UserError
 from eval.results import save_json
@@ -17,11 +19,12 @@ from pipeline.artifacts import RunFolder, disk_errors, replace_folder, sha256_fi
 from pipeline.checkpoint import load_tokenizer, save_model
 from pipeline.data import TokenBlocks, encode_many, read_text, tokenize_dataset
 from pipeline.model import CompactGPT2Config, CompactGPT2LMHeadModel
-from pipeline.optim import MuonAdamW, pretraining_groups
+from pipeline.optim import MuonAdamW, adamw, pretraining_groups
+from pipeline.parallel import PretrainTrainer, check_processes, lost_others
 from pipeline.prepare import MANIFEST, TOKENIZER, TOKENIZER_FILE, prepared_shards, read_manifest
 from pipeline.recipe import Pretrain
 from pipeline.shards import ShardBlocks, ShuffledBlocks
-from pipeline.training import arguments, collate, run
+from pipeline.training import arguments, collate, is_main_process, rank, run, world_size
 from pipeline.wikitext import DOCUMENT_MARK, styled_documents
 
 
@@ -30,23 +33,22 @@ def pretrain(recipe: Pretrain, files: Sequence[Path], out: Path, validation_text
 
     Without a validation text the shards' held-out one is it. `out` receives `tokenizer/`, `tokens.npy`
     (uint16 blocks; neither for shards), `checkpoint-N/`, `curve.json` and, at the end, `model/` in Hub format.
-    Raises `UserError` for unusable text or shards, or a folder that was begun with other choices.
+    Raises `UserError` for unusable text or shards, a folder that was begun with other choices, or a recipe that
+    does not go with the number of processes; `WorkError` where the training diverges or another process ends.
+
+    Under `torchrun` or `accelerate launch`, all nodes see the same `out`, and the first process keeps it.
     """
-    with RunFolder(out).locked(), disk_errors(out):
-        return _pretrain(recipe, files, out, validation_text)
+    check_processes(recipe)
+    with RunFolder(out).locked() if is_main_process() else contextlib.nullcontext():
+        with disk_errors(out), lost_others("pretrain"):
+            return _pretrain(recipe, files, out, validation_text)
 
 
 def _pretrain(recipe: Pretrain, files: Sequence[Path], out: Path, validation_text: str | None) -> Path:
     shards = Path(recipe.shards) if recipe.shards else None
-    blocks: TokenBlocks | ShuffledBlocks
-    if shards:
-        tokenizer = _shard_tokenizer(recipe, shards)
-        blocks = ShuffledBlocks(_shard_blocks(recipe, shards, "train", len(tokenizer)), recipe.seed)
-        _same_choices(recipe, _deciding(shards), out)
-    else:
-        _same_choices(recipe, files, out)
-        tokenizer = _tokenizer(recipe, files, out)
-        blocks = _blocks(recipe, files, tokenizer, out)
+    args = _arguments(recipe, out)
+    with args.main_process_first(local=False):
+        tokenizer, blocks = _data(recipe, files, out)
     if shards and validation_text is None:
         held_out = _shard_blocks(recipe, shards, "val", len(tokenizer))
         validation = TokenBlocks(np.stack([held_out[i] for i in range(min(recipe.eval_blocks, len(held_out)))]))
@@ -70,13 +72,58 @@ def _pretrain(recipe: Pretrain, files: Sequence[Path], out: Path, validation_tex
             eos_token_id=tokenizer.eos_token_id,
         )
     )
-    tokens_per_step = recipe.batch_size * recipe.accumulation * shape.n_positions
-    print(
-        f"pretrain: {model.num_parameters():,} parameters, {len(blocks) * shape.n_positions:,} tokens at hand, "
-        f"{recipe.steps} steps of {tokens_per_step:,} tokens",
-        file=sys.stderr,
+    if is_main_process():
+        at_hand = len(blocks) * shape.n_positions * (world_size() if shards else 1)
+        tokens_per_step = recipe.batch_size * recipe.accumulation * shape.n_positions
+        print(
+            f"pretrain: {model.num_parameters():,} parameters, {at_hand:,} tokens at hand, "
+            f"{recipe.steps} steps of {tokens_per_step:,} tokens",
+            file=sys.stderr,
+        )
+    trainer = PretrainTrainer(
+        model=model,
+        args=args,
+        train_dataset=blocks,
+        data_collator=collate,
+        eval_dataset=validation,
+        optimizers=(_optimizer(recipe, model), None),
     )
-    optimizer = MuonAdamW(
+    curve = run(trainer, "pretrain")
+    if not is_main_process():
+        return out / "model"
+    save_json(curve, out / "curve.json")
+    save_model(model, tokenizer, out / "model.partial")
+    replace_folder(out / "model.partial", out / "model")
+    return out / "model"
+
+
+def _arguments(recipe: Pretrain, out: Path) -> TrainingArguments:
+    """What the trainer is told; where there are several processes, they meet here."""
+    return arguments(
+        out,
+        hardware.default_device(),
+        recipe.seed,
+        max_steps=recipe.steps,
+        per_device_train_batch_size=recipe.batch_size,
+        per_device_eval_batch_size=recipe.batch_size,
+        gradient_accumulation_steps=recipe.accumulation // world_size(),
+        lr_scheduler_type="warmup_stable_decay",
+        lr_scheduler_kwargs={"num_decay_steps": recipe.decay_steps, "decay_type": "linear"},
+        warmup_steps=recipe.warmup_steps,
+        eval_strategy="steps",
+        eval_steps=recipe.eval_steps,
+        save_steps=recipe.save_steps,
+        logging_steps=recipe.log_steps,
+        # Shards come shuffled; torch's sampler would hold a number for each of their blocks.
+        train_sampling_strategy="sequential" if recipe.shards else "random",
+    )
+
+
+def _optimizer(recipe: Pretrain, model: CompactGPT2LMHeadModel) -> torch.optim.Optimizer:
+    if recipe.optimizer == "adamw":
+        split = recipe.parallel == "zero1" and world_size() > 1
+        return adamw(model, lr=recipe.adam_learning_rate, weight_decay=recipe.weight_decay, split=split)
+    return MuonAdamW(
         pretraining_groups(
             model,
             muon_lr=recipe.muon_learning_rate,
@@ -84,46 +131,29 @@ def _pretrain(recipe: Pretrain, files: Sequence[Path], out: Path, validation_tex
             weight_decay=recipe.weight_decay,
         )
     )
-    trainer = Trainer(
-        model=model,
-        args=arguments(
-            out,
-            hardware.default_device(),
-            recipe.seed,
-            max_steps=recipe.steps,
-            per_device_train_batch_size=recipe.batch_size,
-            per_device_eval_batch_size=recipe.batch_size,
-            gradient_accumulation_steps=recipe.accumulation,
-            lr_scheduler_type="warmup_stable_decay",
-            lr_scheduler_kwargs={"num_decay_steps": recipe.decay_steps, "decay_type": "linear"},
-            warmup_steps=recipe.warmup_steps,
-            eval_strategy="steps",
-            eval_steps=recipe.eval_steps,
-            save_steps=recipe.save_steps,
-            logging_steps=recipe.log_steps,
-            # Shards come shuffled; torch's sampler would hold a number for each of their blocks.
-            train_sampling_strategy="sequential" if shards else "random",
-        ),
-        train_dataset=blocks,
-        data_collator=collate,
-        eval_dataset=validation,
-        optimizers=(optimizer, None),
-    )
-    curve = run(trainer, "pretrain")
-    save_json(curve, out / "curve.json")
-    save_model(model, tokenizer, out / "model.partial")
-    replace_folder(out / "model.partial", out / "model")
-    return out / "model"
+
+
+def _data(recipe: Pretrain, files: Sequence[Path], out: Path) -> tuple[Any, TokenBlocks | ShuffledBlocks]:
+    """Tokenizer and training blocks: this process's share of shards, or all of the text."""
+    if not recipe.shards:
+        _same_choices(recipe, files, out)
+        tokenizer = _tokenizer(recipe, files, out)
+        return tokenizer, _blocks(recipe, files, tokenizer, out)
+    shards = Path(recipe.shards)
+    tokenizer = _shard_tokenizer(recipe, shards)
+    train = _shard_blocks(recipe, shards, "train", len(tokenizer))
+    _same_choices(recipe, _deciding(shards), out)
+    return tokenizer, ShuffledBlocks(train, recipe.seed, rank(), world_size())
 
 
 def _same_choices(recipe: Pretrain, files: Sequence[Path], out: Path) -> None:
-    """Refuse to mix two trainings in one folder; the length of the schedule may change."""
-    lengths = {"steps", "decay_steps", "save_steps", "eval_steps", "log_steps"}
+    """Refuse to mix two trainings in one folder; the length of the schedule and how work is shared may change."""
+    free = {"steps", "decay_steps", "save_steps", "eval_steps", "log_steps", "parallel"}
     try:
         texts = {path.name: sha256_file(path) for path in files}
     except OSError as error:
         raise UserError(f"{error.filename}: {error.strerror}; give a readable text file") from error
-    choices = recipe.model_dump(mode="json", exclude=lengths | {"shards"}) | {"files": texts}
+    choices = recipe.model_dump(mode="json", exclude=free | {"shards"}) | {"files": texts}
     path = out / "pretrain.json"
     try:
         begun = json.loads(path.read_text(encoding="utf-8")) if path.exists() else choices
@@ -131,7 +161,8 @@ def _same_choices(recipe: Pretrain, files: Sequence[Path], out: Path) -> None:
         raise UserError(f"{path}: damaged; give another --out or delete the training") from error
     if begun != choices:
         raise UserError(f"{out}: holds a training with another recipe or text; give another --out or delete it")
-    save_json(choices, path)
+    if is_main_process():
+        save_json(choices, path)
 
 
 def _deciding(shards: Path) -> list[Path]:

@@ -162,7 +162,13 @@ class Pretrain(Strict):
     warmup_steps: Annotated[int, Field(ge=0)] = 100
     decay_steps: Annotated[int, Field(ge=0)] = 200
     batch_size: Positive = 16
+    """Blocks that one process takes at a time."""
     accumulation: Positive = 1
+    """Batches a step, over all processes together: their number changes nothing of what a step learns from."""
+    parallel: Literal["none", "ddp", "zero1"] = "none"
+    """What the processes of `torchrun` share beside the batches: nothing, or the optimiser's state (ZeRO-1)."""
+    optimizer: Literal["muon", "adamw"] = "muon"
+    """`muon` for the matrices with AdamW for the rest, or AdamW for all, fused, decaying the matrices."""
     muon_learning_rate: Annotated[float, Field(gt=0)] = 0.02
     adam_learning_rate: Annotated[float, Field(gt=0)] = 3e-3
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
@@ -175,6 +181,12 @@ class Pretrain(Strict):
     def _phases_fit(self) -> Self:
         if self.warmup_steps + self.decay_steps > self.steps:
             raise ValueError(f"warmup_steps + decay_steps exceed steps {self.steps}")
+        return self
+
+    @model_validator(mode="after")
+    def _optimizer_splits(self) -> Self:
+        if self.optimizer == "muon" and self.parallel not in ("none", "ddp"):
+            raise ValueError(f"parallel {self.parallel} splits matrices that Muon needs whole; set optimizer=adamw")
         return self
 
 

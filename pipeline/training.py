@@ -29,9 +29,14 @@ from pipeline.model import CompactGPT2LMHeadModel
 from pipeline.recipe import Distill, Finetune
 
 
+def rank() -> int:
+    """Which one this is of the processes that `torchrun` or `accelerate` started; 0 if it is alone."""
+    return int(os.environ.get("RANK", "0"))
+
+
 def is_main_process() -> bool:
-    """Whether this is the only process, or the first of those that `torchrun` or `accelerate` started."""
-    return int(os.environ.get("RANK", "0")) == 0
+    """Whether this is the only process, or the first of those."""
+    return rank() == 0
 
 
 def world_size() -> int:
