@@ -11,13 +11,12 @@ from typing import Any
 
 from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader
-from transformers import Trainer
 
 from eval.errors import UserError, WorkError
 from pipeline.optim import SplitOptimizer
 from pipeline.recipe import Pretrain
 from pipeline.shards import ShuffledBlocks
-from pipeline.training import world_size
+from pipeline.training import ResumingTrainer, world_size
 
 
 def check_processes(recipe: Pretrain) -> None:
@@ -57,7 +56,7 @@ def lost_others(name: str) -> Iterator[None]:
 _CONNECTION = ("Connection closed by peer", "Connection reset", "Broken pipe", "gloo", "NCCL")
 
 
-class PretrainTrainer(Trainer):
+class PretrainTrainer(ResumingTrainer):
     """A `Trainer` whose shards are read by `ShuffledBlocks`' own shares, and whose optimiser may be split."""
 
     def get_train_dataloader(self) -> DataLoader:

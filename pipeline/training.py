@@ -20,7 +20,7 @@ from transformers import (
     default_data_collator,
     set_seed,
 )
-from transformers.trainer import DEFAULT_PROGRESS_CALLBACK, TRAINER_STATE_NAME
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK, OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 
 from eval.errors import WorkError
 from pipeline import hardware
@@ -96,7 +96,17 @@ class Watch(TrainerCallback):
             print(f"{self.name}: step {state.global_step}/{state.max_steps}  {shown}", file=sys.stderr, flush=True)
 
 
-class DistillingTrainer(Trainer):
+class ResumingTrainer(Trainer):
+    """A `Trainer` that resumes on several processes without a GPU, too."""
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        # By way of the CPU: where there are several, a process calls its device cpu:0, which nothing can be loaded to.
+        if checkpoint is not None:
+            for part, name in ((self.optimizer, OPTIMIZER_NAME), (self.lr_scheduler, SCHEDULER_NAME)):
+                part.load_state_dict(torch.load(Path(checkpoint) / name, map_location="cpu", weights_only=True))
+
+
+class DistillingTrainer(ResumingTrainer):
     """Adds the divergence from a teacher's softened distribution (Hinton et al. 2015, section 2)."""
 
     def __init__(self, *args: Any, teacher: CompactGPT2LMHeadModel, distill: Distill, **kwargs: Any):
@@ -220,7 +230,7 @@ def train(
         save_steps=choices.save_steps,
         logging_steps=max(1, total // 20),
     )
-    kind: Any = Trainer
+    kind: Any = ResumingTrainer
     extra: dict[str, Any] = {}
     if teacher is not None and choices.distill is not None:
         kind, extra = DistillingTrainer, {"teacher": teacher, "distill": choices.distill}
