@@ -176,6 +176,7 @@ def _arguments(recipe: Pretrain, out: Path, report_to: str) -> TrainingArguments
         lr_scheduler_kwargs={"num_decay_steps": recipe.decay_steps, "decay_type": "linear"} if stable else {},
         warmup_steps=recipe.warmup_steps,
         max_grad_norm=recipe.clip,
+        ddp_find_unused_parameters=False,
         gradient_checkpointing=recipe.checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False},
         eval_strategy="steps",

@@ -28,7 +28,7 @@ _PANELS = (
     ("loss", "loss (nats per token)"),
     ("hellaswag", "HellaSwag accuracy"),
     ("rate", "learning rate"),
-    ("grad_norm", "gradient norm before clipping"),
+    ("grad_norm", "gradient norm"),
     ("tokens_per_second", "tokens per second"),
     ("mfu", "share of peak FLOPs"),
 )
@@ -46,7 +46,7 @@ def draw(curve: Sequence[Point], reference: str | None = None) -> "Figure | None
 
 def _draw(curve: Sequence[Point], reference: str | None) -> "Figure":
     panels = [(key, label) for key, label in _PANELS if any(key in point for point in curve)]
-    note = "Thin: training loss as logged; with markers: on the validation text."
+    note = "Thin: training loss as logged, gradient norms before clipping; with markers: on the validation text."
     if reference:
         sources = [REFERENCES[reference].source]
         sources += [HELLASWAG.source] if any("hellaswag" in point for point in curve) else []
