@@ -441,22 +441,54 @@ def pretrain(
         typer.Option(help="Training text (.txt or .txt.xz); more files may follow. Or: --set shards=FOLDER"),
     ] = None,
     more: Annotated[list[Path] | None, typer.Argument(metavar="[FILE]...", help="More training text.")] = None,
-    recipe: Annotated[str, typer.Option(help="A preset (mini) or a .yaml file.")] = "mini",
+    recipe: Annotated[str, typer.Option(help="A preset (mini, gpt2-124M, gpt2-350M) or a .yaml file.")] = "mini",
     out: Annotated[Path, typer.Option(help="Checkpoints, curve and model; resumes what is there.")] = Path("runs/mini"),
     set: Set = None,
-) -> Path:
-    """Train a GPT-2-architecture model and its tokenizer from scratch."""
+    track: Track = "none",
+    estimate: Annotated[
+        bool, typer.Option("--estimate", help="Tell memory and time for the hardware named, and train nothing.")
+    ] = False,
+    on: Annotated[
+        str | None, typer.Option(help="With --estimate: a GPU such as A100 or H100; by default this machine's.")
+    ] = None,
+    devices: Annotated[int, typer.Option(min=1, help="With --estimate: how many of them.")] = 1,
+    utilisation: Annotated[
+        float, typer.Option(min=0.01, max=1, help="With --estimate: the share of their peak FLOPs that is reached.")
+    ] = 0.4,
+    as_json: Json = False,
+) -> Any:
+    """Train a GPT-2-architecture model and its tokenizer from scratch. Also under torchrun and accelerate launch.
+
+    One node:      torchrun --nproc-per-node 8 -m pipeline pretrain --recipe R --set parallel=ddp ...
+
+    Several nodes: on each of them, with one OUT that all see: torchrun --nnodes 2 --nproc-per-node 8
+    --rdzv-backend c10d --rdzv-endpoint FIRST_NODE:29500 -m pipeline pretrain ...
+
+    The presets gpt2-124M and gpt2-350M want shards of GPT-2's tokens. parallel is none, ddp, zero1 or fsdp. A step
+    takes batch_size x accumulation blocks on any number of processes, and a checkpoint fits any number of them.
+    """
     from pipeline.pretrain import pretrain as train
     from pipeline.recipe import Pretrain, load_recipe
     from pipeline.texts import load_text
+    from pipeline.tracking import Tracking
+    from pipeline.training import is_main_process
 
     choices = load_recipe(Pretrain, recipe, set or [])
+    if estimate:
+        from pipeline.estimate import estimate as reckon
+        from pipeline.estimate import format_estimate
+
+        found = reckon(choices, on, devices, utilisation)
+        print(json.dumps(found) if as_json else format_estimate(found))
+        return found
     files = [*([text] if text else []), *(more or [])]
     if bool(files) == bool(choices.shards):
         raise UserError("pretrain: give either --text FILES or --set shards=FOLDER (see data prepare)")
     validation = choices.validation or ("embedded:valid" if files else None)
-    folder = train(choices, files, out, load_text(validation) if validation else None)
-    print(f"Model: {folder}")
+    tracking = Tracking(track, out / "tracking", choices.name)
+    folder = train(choices, files, out, load_text(validation) if validation else None, tracking)
+    if is_main_process():
+        print(f"Model: {folder}")
     return folder
 
 

@@ -3,6 +3,7 @@
 import functools
 import os
 import platform
+import re
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,27 @@ def gpu() -> dict[str, Any] | None:
         "cuda": torch.version.cuda,
         "driver": _driver(),
     }
+
+
+PEAKS = {
+    "T4": 65,
+    "V100": 125,
+    "L4": 121,
+    "L40S": 362,
+    "RTX 4090": 165,
+    "A100": 312,
+    "H100 PCIe": 756,
+    "H100": 989,
+    "H200": 989,
+    "B200": 2250,
+}
+"""Dense TFLOPS with 16-bit inputs and FP32 sums, by NVIDIA's data sheets (FP16 where there is no bf16)."""
+
+
+def peak_flops(name: str) -> float | None:
+    """The peak of a GPU by its name, in FLOPs a second; `None` for one that is not in `PEAKS`."""
+    found = [key for key in PEAKS if re.search(rf"\b{key}\b", name)]
+    return 1e12 * PEAKS[max(found, key=len)] if found else None
 
 
 def _driver() -> str | None:

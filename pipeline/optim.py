@@ -1,4 +1,4 @@
-"""Muon for the matrices, AdamW for the rest: fewer tokens to the same loss when training from scratch.
+"""Muon for the matrices, AdamW for the rest: fewer tokens to the same loss when training from scratch. Or AdamW alone.
 
 torch's own `torch.optim.Muon` orthogonalises in bf16, which a CPU without bf16 units emulates
 (0.9 s for one 320 x 1280 matrix, against 0.02 s in FP32), and takes matrices only.
@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
 
 # Quintic Newton-Schulz coefficients (Jordan et al. 2024, "Muon: an optimizer for hidden layers").
 _A, _B, _C = 3.4445, -4.7750, 2.0315
@@ -84,6 +85,41 @@ class MuonAdamW(torch.optim.Optimizer):
         mean = state["mean"] / (1 - first ** state["step"])
         square = state["square"] / (1 - second ** state["step"])
         parameter.addcdiv_(mean, square.sqrt_().add_(group["eps"]), value=-group["lr"])
+
+
+class SplitOptimizer(ZeroRedundancyOptimizer):
+    """ZeRO-1 (Rajbhandari et al. 2020): each process keeps and updates its part of the optimiser's state."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The whole state where `consolidate_state_dict` brought it together; elsewhere the groups alone."""
+        try:
+            return super().state_dict()
+        except RuntimeError:  # accelerate asks once before there is any state
+            return torch.optim.Optimizer.state_dict(self)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take this process's part of a whole state."""
+        super().load_state_dict(state_dict)
+        self.state.clear()  # the part that counts is the inner optimiser's; this would be a second copy
+        for parameter, state in self.optim.state.items():
+            if "step" in state and self.optim.defaults.get("fused"):
+                state["step"] = state["step"].to(parameter.device)
+
+
+def adamw(model: nn.Module, *, lr: float, weight_decay: float, split: bool = False) -> torch.optim.Optimizer:
+    """AdamW with one fused kernel; embeddings and matrices decay, biases and norms do not.
+
+    With `split`, each process of the group keeps a part of its state.
+    """
+    parameters = list(model.parameters())
+    groups = [
+        {"params": [parameter for parameter in parameters if parameter.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [parameter for parameter in parameters if parameter.ndim < 2], "weight_decay": 0.0},
+    ]
+    how: dict[str, Any] = {"lr": lr, "betas": (0.9, 0.95), "eps": 1e-8, "fused": True}
+    if split:
+        return SplitOptimizer(groups, torch.optim.AdamW, **how)
+    return torch.optim.AdamW(groups, **how)
 
 
 def pretraining_groups(

@@ -1,5 +1,6 @@
 """Train CompactGPT2 from scratch with the Hugging Face `Trainer`: tokenizer, shards, model, curve."""
 
+import contextlib
 import json
 import os
 import sys
@@ -8,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import PreTrainedTokenizerFast, Trainer, set_seed
+import torch
+from transformers import PreTrainedTokenizerFast, TrainingArguments, set_seed
 
 from eval.errors import UserError
 from eval.results import save_json
@@ -17,45 +19,86 @@ from pipeline.artifacts import RunFolder, disk_errors, replace_folder, sha256_fi
 from pipeline.checkpoint import save_model
 from pipeline.data import TokenBlocks, encode_many, read_text, tokenize_dataset
 from pipeline.model import CompactGPT2Config, CompactGPT2LMHeadModel
-from pipeline.optim import MuonAdamW, pretraining_groups
+from pipeline.optim import MuonAdamW, adamw, pretraining_groups
+from pipeline.parallel import PretrainTrainer, check_processes, lost_others, shard
 from pipeline.prepare import MANIFEST, TOKENIZER, TOKENIZER_FILE, prepared_shards, read_manifest
 from pipeline.recipe import Pretrain
 from pipeline.shards import ShardBlocks, ShuffledBlocks
 from pipeline.tokenizer import load_tokenizer
-from pipeline.training import arguments, collate, run
+from pipeline.tracking import Tracking
+from pipeline.training import Diverged, Rollbacks, arguments, collate, is_main_process, rank, run, world_size
+from pipeline.watching import Meter, Quiz, attention_kernel, learning_curve, training_flops
 from pipeline.wikitext import DOCUMENT_MARK, styled_documents
+from plots.pretraining import draw
+from plots.style import save as save_figure
 
 
-def pretrain(recipe: Pretrain, files: Sequence[Path], out: Path, validation_text: str | None) -> Path:
+def pretrain(
+    recipe: Pretrain,
+    files: Sequence[Path],
+    out: Path,
+    validation_text: str | None,
+    tracking: Tracking | None = None,
+) -> Path:
     """Train on `files` or the recipe's shards, resuming from the last checkpoint in `out`; returns the model folder.
 
     Without a validation text the shards' held-out one is it. `out` receives `tokenizer/`, `tokens.npy`
-    (uint16 blocks; neither for shards), `checkpoint-N/`, `curve.json` and, at the end, `model/` in Hub format.
-    Raises `UserError` for unusable text or shards, or a folder that was begun with other choices.
+    (uint16 blocks; neither for shards), `checkpoint-N/`, `curve.json`, `plots/pretraining.png` and `.svg` and, at
+    the end, `model/` in Hub format.
+    Raises `UserError` for unusable text or shards, a folder that was begun with other choices, or a recipe that
+    does not go with the number of processes; `WorkError` where the training diverges or another process ends.
+
+    Under `torchrun` or `accelerate launch`, all nodes see the same `out`, and the first process keeps it.
     """
-    with RunFolder(out).locked(), disk_errors(out):
-        return _pretrain(recipe, files, out, validation_text)
+    check_processes(recipe)
+    with RunFolder(out).locked() if is_main_process() else contextlib.nullcontext():
+        with disk_errors(out), lost_others("pretrain"), (tracking or Tracking()).training() as report_to:
+            return _pretrain(recipe, files, out, validation_text, report_to)
 
 
-def _pretrain(recipe: Pretrain, files: Sequence[Path], out: Path, validation_text: str | None) -> Path:
+def _pretrain(recipe: Pretrain, files: Sequence[Path], out: Path, validation_text: str | None, report_to: str) -> Path:
     shards = Path(recipe.shards) if recipe.shards else None
-    blocks: TokenBlocks | ShuffledBlocks
-    if shards:
-        tokenizer = _shard_tokenizer(recipe, shards)
-        blocks = ShuffledBlocks(_shard_blocks(recipe, shards, "train", len(tokenizer)), recipe.seed)
-        _same_choices(recipe, _deciding(shards), out)
-    else:
-        _same_choices(recipe, files, out)
-        tokenizer = _tokenizer(recipe, files, out)
-        blocks = _blocks(recipe, files, tokenizer, out)
+    args = _arguments(recipe, out, report_to)
+    with args.main_process_first(local=False):
+        tokenizer, blocks = _data(recipe, files, out)
     if shards and validation_text is None:
         held_out = _shard_blocks(recipe, shards, "val", len(tokenizer))
         validation = TokenBlocks(np.stack([held_out[i] for i in range(min(recipe.eval_blocks, len(held_out)))]))
     else:
         validation = tokenize_dataset(validation_text, tokenizer, recipe.model.n_positions)
         validation = TokenBlocks(validation.tokens[: recipe.eval_blocks])
+    rollbacks = Rollbacks(out)
+    while True:
+        # Other text from the last checkpoint on, or it would diverge there again.
+        args.data_seed = recipe.seed + len(rollbacks.steps)
+        if isinstance(blocks, ShuffledBlocks):
+            blocks.seed = recipe.seed + len(rollbacks.steps)
+        trainer = _trainer(recipe, args, tokenizer, blocks, validation)
+        try:
+            run(trainer, "pretrain", recipe.spike)
+            break
+        except Diverged as error:
+            if len(rollbacks.steps) >= recipe.rollbacks:
+                raise
+            step = trainer.state.global_step
+            del trainer
+            with args.main_process_first(local=False):
+                rollbacks.add(step, error.what)
+    whole = trainer.whole_model()
+    if not is_main_process():
+        return out / "model"
+    curve = learning_curve(trainer.state.log_history)
+    save_json(curve, out / "curve.json")
+    if figure := draw(curve, recipe.reference):
+        (out / "plots").mkdir(exist_ok=True)
+        save_figure(figure, out / "plots", "pretraining")
+    save_model(whole, tokenizer, out / "model.partial")
+    replace_folder(out / "model.partial", out / "model")
+    return out / "model"
 
-    set_seed(recipe.seed)
+
+def new_model(recipe: Pretrain, end: int | None = None) -> CompactGPT2LMHeadModel:
+    """The recipe's shape with random weights; `end` is the end-of-text token."""
     shape = recipe.model
     model = CompactGPT2LMHeadModel(
         CompactGPT2Config(
@@ -67,17 +110,90 @@ def _pretrain(recipe: Pretrain, files: Sequence[Path], out: Path, validation_tex
             resid_pdrop=0.0,
             embd_pdrop=0.0,
             attn_pdrop=0.0,
-            bos_token_id=tokenizer.eos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
+            bos_token_id=end,
+            eos_token_id=end,
         )
     )
-    tokens_per_step = recipe.batch_size * recipe.accumulation * shape.n_positions
-    print(
-        f"pretrain: {model.num_parameters():,} parameters, {len(blocks) * shape.n_positions:,} tokens at hand, "
-        f"{recipe.steps} steps of {tokens_per_step:,} tokens",
-        file=sys.stderr,
+    return model
+
+
+def _trainer(
+    recipe: Pretrain,
+    args: TrainingArguments,
+    tokenizer: Any,
+    blocks: TokenBlocks | ShuffledBlocks,
+    validation: TokenBlocks,
+) -> PretrainTrainer:
+    """A fresh model and all that trains it."""
+    set_seed(recipe.seed)
+    model = new_model(recipe, tokenizer.eos_token_id)
+    kernel = attention_kernel(model.to(args.device), hardware.autocast_dtype(args.device.type))
+    if recipe.attention == "flash" and "flash" not in kernel:
+        raise UserError(f"attention is flash, but SDPA chose {kernel} on {args.device}; set attention=any")
+    tokens_per_step = recipe.batch_size * recipe.accumulation * recipe.model.n_positions
+    if is_main_process():
+        at_hand = len(blocks) * recipe.model.n_positions * (world_size() if recipe.shards else 1)
+        print(
+            f"pretrain: {model.num_parameters():,} parameters, {at_hand:,} tokens at hand, "
+            f"{recipe.steps} steps of {tokens_per_step:,} tokens; attention by {kernel}",
+            file=sys.stderr,
+        )
+    if recipe.compile:
+        for block in model.transformer.h:
+            block.compile()
+    if recipe.parallel == "fsdp" and world_size() > 1:
+        shard(model)
+    gpu = hardware.gpu()
+    named = 1e12 * recipe.peak_tflops if recipe.peak_tflops else None
+    peak = named or (hardware.peak_flops(gpu["name"]) if gpu else None)
+    meter = Meter(tokens_per_step, training_flops(model.config), peak * world_size() if peak else None)
+    trainer = PretrainTrainer(
+        meter,
+        model=model,
+        args=args,
+        train_dataset=blocks,
+        data_collator=collate,
+        eval_dataset=validation,
+        optimizers=(_optimizer(recipe, model), None),
     )
-    optimizer = MuonAdamW(
+    if recipe.hellaswag:
+        trainer.add_callback(Quiz(trainer, meter, tokenizer, recipe.hellaswag))
+    return trainer
+
+
+def _arguments(recipe: Pretrain, out: Path, report_to: str) -> TrainingArguments:
+    """What the trainer is told; where there are several processes, they meet here."""
+    stable = recipe.schedule == "stable"
+    return arguments(
+        out,
+        hardware.default_device(),
+        recipe.seed,
+        report_to=report_to,
+        max_steps=recipe.steps,
+        per_device_train_batch_size=recipe.batch_size,
+        per_device_eval_batch_size=recipe.batch_size,
+        gradient_accumulation_steps=recipe.accumulation // world_size(),
+        lr_scheduler_type="warmup_stable_decay" if stable else "cosine",
+        lr_scheduler_kwargs={"num_decay_steps": recipe.decay_steps, "decay_type": "linear"} if stable else {},
+        warmup_steps=recipe.warmup_steps,
+        max_grad_norm=recipe.clip,
+        ddp_find_unused_parameters=False,
+        gradient_checkpointing=recipe.checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        eval_strategy="steps",
+        eval_steps=recipe.eval_steps,
+        save_steps=recipe.save_steps,
+        logging_steps=recipe.log_steps,
+        # Shards come shuffled; torch's sampler would hold a number for each of their blocks.
+        train_sampling_strategy="sequential" if recipe.shards else "random",
+    )
+
+
+def _optimizer(recipe: Pretrain, model: CompactGPT2LMHeadModel) -> torch.optim.Optimizer:
+    if recipe.optimizer == "adamw":
+        split = recipe.parallel == "zero1" and world_size() > 1
+        return adamw(model, lr=recipe.adam_learning_rate, weight_decay=recipe.weight_decay, split=split)
+    return MuonAdamW(
         pretraining_groups(
             model,
             muon_lr=recipe.muon_learning_rate,
@@ -85,46 +201,40 @@ def _pretrain(recipe: Pretrain, files: Sequence[Path], out: Path, validation_tex
             weight_decay=recipe.weight_decay,
         )
     )
-    trainer = Trainer(
-        model=model,
-        args=arguments(
-            out,
-            hardware.default_device(),
-            recipe.seed,
-            max_steps=recipe.steps,
-            per_device_train_batch_size=recipe.batch_size,
-            per_device_eval_batch_size=recipe.batch_size,
-            gradient_accumulation_steps=recipe.accumulation,
-            lr_scheduler_type="warmup_stable_decay",
-            lr_scheduler_kwargs={"num_decay_steps": recipe.decay_steps, "decay_type": "linear"},
-            warmup_steps=recipe.warmup_steps,
-            eval_strategy="steps",
-            eval_steps=recipe.eval_steps,
-            save_steps=recipe.save_steps,
-            logging_steps=recipe.log_steps,
-            # Shards come shuffled; torch's sampler would hold a number for each of their blocks.
-            train_sampling_strategy="sequential" if shards else "random",
-        ),
-        train_dataset=blocks,
-        data_collator=collate,
-        eval_dataset=validation,
-        optimizers=(optimizer, None),
-    )
-    curve = run(trainer, "pretrain")
-    save_json(curve, out / "curve.json")
-    save_model(model, tokenizer, out / "model.partial")
-    replace_folder(out / "model.partial", out / "model")
-    return out / "model"
+
+
+def _data(recipe: Pretrain, files: Sequence[Path], out: Path) -> tuple[Any, TokenBlocks | ShuffledBlocks]:
+    """Tokenizer and training blocks: this process's share of shards, or all of the text."""
+    if not recipe.shards:
+        _same_choices(recipe, files, out)
+        tokenizer = _tokenizer(recipe, files, out)
+        return tokenizer, _blocks(recipe, files, tokenizer, out)
+    shards = Path(recipe.shards)
+    tokenizer = _shard_tokenizer(recipe, shards)
+    train = _shard_blocks(recipe, shards, "train", len(tokenizer))
+    _same_choices(recipe, _deciding(shards), out)
+    return tokenizer, ShuffledBlocks(train, recipe.seed, rank(), world_size())
 
 
 def _same_choices(recipe: Pretrain, files: Sequence[Path], out: Path) -> None:
-    """Refuse to mix two trainings in one folder; the length of the schedule may change."""
-    lengths = {"steps", "decay_steps", "save_steps", "eval_steps", "log_steps"}
+    """Refuse to mix two trainings in one folder; the length of the schedule and how work is shared may change."""
+    free = {"steps", "decay_steps", "save_steps", "eval_steps", "log_steps"}
+    free |= {
+        "parallel",
+        "checkpointing",
+        "compile",
+        "attention",
+        "hellaswag",
+        "reference",
+        "peak_tflops",
+        "spike",
+        "rollbacks",
+    }
     try:
         texts = {path.name: sha256_file(path) for path in files}
     except OSError as error:
         raise UserError(f"{error.filename}: {error.strerror}; give a readable text file") from error
-    choices = recipe.model_dump(mode="json", exclude=lengths | {"shards"}) | {"files": texts}
+    choices = recipe.model_dump(mode="json", exclude=free | {"shards"}) | {"files": texts}
     path = out / "pretrain.json"
     try:
         begun = json.loads(path.read_text(encoding="utf-8")) if path.exists() else choices
@@ -132,7 +242,8 @@ def _same_choices(recipe: Pretrain, files: Sequence[Path], out: Path) -> None:
         raise UserError(f"{path}: damaged; give another --out or delete the training") from error
     if begun != choices:
         raise UserError(f"{out}: holds a training with another recipe or text; give another --out or delete it")
-    save_json(choices, path)
+    if is_main_process():
+        save_json(choices, path)
 
 
 def _deciding(shards: Path) -> list[Path]:

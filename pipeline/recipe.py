@@ -143,8 +143,18 @@ class PretrainModel(Strict):
     vocab_size: Annotated[int, Field(ge=257, le=65536)] = 8192
 
 
+class HellaSwag(Strict):
+    """HellaSwag while a model trains; `data` is a folder with its file, `null` the Hub."""
+
+    every: Positive = 250
+    """Steps from one score to the next."""
+    data: str | None = None
+    limit: Annotated[int, Field(ge=2)] | None = None
+    """The first so many documents; `null`: all."""
+
+
 class Pretrain(Strict):
-    """Training from scratch. The rate warms up, stays, and falls linearly to zero over `decay_steps`."""
+    """Training from scratch."""
 
     name: str = "custom"
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
@@ -159,22 +169,56 @@ class Pretrain(Strict):
     validation: str | None = None
     """A text as in `Data`; `null`: the shards' held-out one, or `embedded:valid`."""
     steps: Positive = 1000
+    schedule: Literal["stable", "cosine"] = "stable"
+    """After the warm-up the rate stays, then falls linearly to zero over `decay_steps`; or falls from there as a
+    cosine."""
     warmup_steps: Annotated[int, Field(ge=0)] = 100
     decay_steps: Annotated[int, Field(ge=0)] = 200
     batch_size: Positive = 16
+    """Blocks that one process takes at a time."""
     accumulation: Positive = 1
+    """Batches a step, over all processes together: their number changes nothing of what a step learns from."""
+    parallel: Literal["none", "ddp", "zero1", "fsdp"] = "none"
+    """What the processes of `torchrun` share beside the batches: nothing, the optimiser's state (ZeRO-1), or the
+    weights and gradients as well (FSDP2)."""
+    optimizer: Literal["muon", "adamw"] = "muon"
+    """`muon` for the matrices with AdamW for the rest, or AdamW for all, fused, decaying the matrices."""
     muon_learning_rate: Annotated[float, Field(gt=0)] = 0.02
     adam_learning_rate: Annotated[float, Field(gt=0)] = 3e-3
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    clip: Annotated[float, Field(ge=0)] = 1.0
+    """The longest that a step's gradient may be; 0: any."""
+    checkpointing: bool = False
+    """Whether blocks are computed again on the way back, which takes a third more time and little memory."""
+    compile: bool = False
+    """Whether `torch.compile` compiles the blocks."""
+    attention: Literal["any", "flash"] = "any"
+    """`flash`: attention runs by SDPA's flash kernel, or the training does not begin."""
     save_steps: Positive = 100
     eval_steps: Positive = 100
     eval_blocks: Positive = 64
     log_steps: Positive = 10
+    hellaswag: HellaSwag | None = None
+    reference: Literal["fineweb", "fineweb-edu"] | None = None
+    """Of what the validation text is a part, where the figure is to show OpenAI's GPT-2 124M on the same."""
+    peak_tflops: Annotated[float, Field(gt=0)] | None = None
+    """Of one device, for the share of it that is used; `null`: that of a GPU known here, or no share."""
+    spike: Annotated[float, Field(gt=0)] | None = None
+    """How many nats over the median of the last losses are a divergence; `null`: only what is no number is one."""
+    rollbacks: Annotated[int, Field(ge=0)] = 0
+    """How often a divergence goes back to the last checkpoint and on over other text, before it ends the training."""
 
     @model_validator(mode="after")
     def _phases_fit(self) -> Self:
-        if self.warmup_steps + self.decay_steps > self.steps:
+        decay_steps = self.decay_steps if self.schedule == "stable" else 0
+        if self.warmup_steps + decay_steps > self.steps:
             raise ValueError(f"warmup_steps + decay_steps exceed steps {self.steps}")
+        return self
+
+    @model_validator(mode="after")
+    def _optimizer_splits(self) -> Self:
+        if self.optimizer == "muon" and self.parallel not in ("none", "ddp"):
+            raise ValueError(f"parallel {self.parallel} splits matrices that Muon needs whole; set optimizer=adamw")
         return self
 
 

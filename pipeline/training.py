@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shutil
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,18 +21,25 @@ from transformers import (
     default_data_collator,
     set_seed,
 )
-from transformers.trainer import DEFAULT_PROGRESS_CALLBACK, TRAINER_STATE_NAME
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK, OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from eval.errors import WorkError
+from eval.results import save_json
 from pipeline import hardware
 from pipeline.data import IGNORE, TokenBlocks
 from pipeline.model import CompactGPT2LMHeadModel
 from pipeline.recipe import Distill, Finetune
 
 
+def rank() -> int:
+    """Which one this is of the processes that `torchrun` or `accelerate` started; 0 if it is alone."""
+    return int(os.environ.get("RANK", "0"))
+
+
 def is_main_process() -> bool:
-    """Whether this is the only process, or the first of those that `torchrun` or `accelerate` started."""
-    return int(os.environ.get("RANK", "0")) == 0
+    """Whether this is the only process, or the first of those."""
+    return rank() == 0
 
 
 def world_size() -> int:
@@ -69,11 +77,22 @@ def arguments(folder: Path, device: str, seed: int, *, report_to: str = "none", 
     return args
 
 
-class Watch(TrainerCallback):
-    """One line of progress on stderr a log; stops a training that has diverged."""
+class Diverged(WorkError):
+    """The loss is no number, or far above those before."""
 
-    def __init__(self, name: str):
-        self.name = name
+    def __init__(self, name: str, what: str):
+        super().__init__(f"{name}: {what}; lower the learning rate and run again")
+        self.what = what
+
+
+class Watch(TrainerCallback):
+    """One line of progress on stderr a log; stops a training that has diverged.
+
+    A loss more than `spike` nats over the median of the ten logged before is a divergence as well.
+    """
+
+    def __init__(self, name: str, spike: float | None = None):
+        self.name, self.spike = name, spike
 
     def on_step_end(self, args, state, control, **kwargs):
         # What was not yet logged is not in a checkpoint: a resumed training would log another mean.
@@ -83,7 +102,14 @@ class Watch(TrainerCallback):
         logs = logs or {}
         for key in ("loss", "eval_loss"):
             if key in logs and not math.isfinite(logs[key]):
-                raise _diverged(self.name, f"{key} is {logs[key]} at step {state.global_step}")
+                raise Diverged(self.name, f"{key} is {logs[key]} at step {state.global_step}")
+        *before, last = [log["loss"] for log in state.log_history if "loss" in log][-11:] or [0.0]
+        if self.spike and "loss" in logs and len(before) == 10 and last > statistics.median(before) + self.spike:
+            raise Diverged(
+                self.name,
+                f"loss is {last:.4g} at step {state.global_step}, more than {self.spike:g} over the "
+                f"{statistics.median(before):.4g} before",
+            )
         if state.is_world_process_zero and ("loss" in logs or "eval_loss" in logs):
             shown = "  ".join(
                 f"{key} {logs[key]:.4g}" for key in ("loss", "eval_loss", "learning_rate", "grad_norm") if key in logs
@@ -91,7 +117,25 @@ class Watch(TrainerCallback):
             print(f"{self.name}: step {state.global_step}/{state.max_steps}  {shown}", file=sys.stderr, flush=True)
 
 
-class DistillingTrainer(Trainer):
+class ResumingTrainer(Trainer):
+    """A `Trainer` that resumes on several processes without a GPU, too."""
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        # By way of the CPU: where there are several, a process calls its device cpu:0, which nothing can be loaded to.
+        if checkpoint is not None:
+            for part, name in ((self.optimizer, OPTIMIZER_NAME), (self.lr_scheduler, SCHEDULER_NAME)):
+                part.load_state_dict(torch.load(Path(checkpoint) / name, map_location="cpu", weights_only=True))
+
+    def whole_model(self) -> CompactGPT2LMHeadModel:
+        """The model, brought together where it is spread over processes; all of them must call it."""
+        return self.model
+
+    def load_weights(self, checkpoint: Path) -> None:
+        """Take the weights of a checkpoint."""
+        load_weights(self.model, checkpoint / SAFE_WEIGHTS_NAME)
+
+
+class DistillingTrainer(ResumingTrainer):
     """Adds the divergence from a teacher's softened distribution (Hinton et al. 2015, section 2)."""
 
     def __init__(self, *args: Any, teacher: CompactGPT2LMHeadModel, distill: Distill, **kwargs: Any):
@@ -119,10 +163,6 @@ class DistillingTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
 
-def _diverged(name: str, what: str) -> WorkError:
-    return WorkError(f"{name}: {what}; lower the learning rate and run again")
-
-
 def collate(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """A batch whose first labels do not count: nothing predicts them, but the trainer divides by all that do."""
     batch = default_data_collator(rows)
@@ -144,6 +184,25 @@ def last_checkpoint(folder: Path) -> str | None:
     return None
 
 
+class Rollbacks:
+    """How often a training went back after a divergence, kept in `folder` so that a resumed one goes on alike."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.path = folder, folder / "rollbacks.json"
+        self.steps: list[dict[str, Any]] = json.loads(self.path.read_text()) if self.path.exists() else []
+
+    def add(self, step: int, reason: str) -> None:
+        """Note a divergence; the next start is from the last checkpoint, or the one before if that led nowhere."""
+        last = last_checkpoint(self.folder)
+        if last and self.steps and self.steps[-1]["to"] == Path(last).name and is_main_process():
+            (Path(last) / TRAINER_STATE_NAME).unlink()
+            last = last_checkpoint(self.folder)
+        self.steps.append({"step": step, "reason": reason, "to": Path(last).name if last else None})
+        if is_main_process():
+            save_json(self.steps, self.path)
+            print(f"pretrain: {reason}; going back to {self.steps[-1]['to'] or 'the start'}", file=sys.stderr)
+
+
 def drop_checkpoints(folder: Path) -> None:
     """Delete a training's checkpoints; cut off in between, those that are left are whole or known not to be."""
     for state in folder.glob(f"checkpoint-*/{TRAINER_STATE_NAME}"):
@@ -151,28 +210,28 @@ def drop_checkpoints(folder: Path) -> None:
     shutil.rmtree(folder)
 
 
-def run(trainer: Trainer, name: str) -> list[dict[str, float]]:
+def run(trainer: ResumingTrainer, name: str, spike: float | None = None) -> list[dict[str, float]]:
     """Train, resuming from the last whole checkpoint; returns the learning curve.
 
-    Each point is `{"step", "epoch", "loss", "rate"}`, loss in nats a token. Raises `WorkError`
-    when the loss or a weight is no longer finite.
+    Each point is `{"step", "epoch", "loss", "rate"}`, loss in nats a token. Raises `Diverged`
+    when the loss or a weight is no longer finite, or the loss jumps up by more than `spike`.
     """
     for chatty in (PrinterCallback, DEFAULT_PROGRESS_CALLBACK):  # the second is another one under Jupyter
         trainer.remove_callback(chatty)
-    trainer.add_callback(Watch(name))
+    trainer.add_callback(Watch(name, spike))
     last = last_checkpoint(Path(trainer.args.output_dir))
     state = TrainerState.load_from_json(f"{last}/{TRAINER_STATE_NAME}") if last else TrainerState()
     wanted = trainer.args.max_steps if trainer.args.max_steps > 0 else state.max_steps
     if last is not None and state.global_step >= wanted:
         # Resumed at its end, the trainer would take one step too many.
-        load_weights(trainer.model, Path(last) / "model.safetensors")
+        trainer.load_weights(Path(last))
         trainer.state = state
     else:
         trainer.train(resume_from_checkpoint=last)
     # The last step's update comes after the last loss.
-    for key, weight in trainer.model.named_parameters():
+    for key, weight in trainer.whole_model().named_parameters():
         if not torch.isfinite(weight).all():
-            raise _diverged(name, f"{key} is no longer finite")
+            raise Diverged(name, f"{key} is no longer finite")
     return [
         {"step": log["step"], "epoch": log["epoch"], "loss": log["loss"], "rate": log["learning_rate"]}
         for log in trainer.state.log_history
@@ -215,7 +274,7 @@ def train(
         save_steps=choices.save_steps,
         logging_steps=max(1, total // 20),
     )
-    kind: Any = Trainer
+    kind: Any = ResumingTrainer
     extra: dict[str, Any] = {}
     if teacher is not None and choices.distill is not None:
         kind, extra = DistillingTrainer, {"teacher": teacher, "distill": choices.distill}

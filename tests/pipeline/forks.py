@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,12 +60,16 @@ def holder(folder: Path) -> Iterator[subprocess.Popen[str]]:
 class Forks:
     """Starts `python -m pipeline ...` as forked processes."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, modules: Sequence[str] = _WARM):
         self.folder = folder
         self.count = 0
         with (folder / "server").open("wb") as log:
             self.server = subprocess.Popen(
-                [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
+                [sys.executable, __file__, *modules],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
             )
         assert self._ask("ready?") == "ready", (folder / "server").read_text()
 
@@ -77,14 +81,14 @@ class Forks:
         assert line, (self.folder / "server").read_text()
         return json.loads(line)
 
-    def start(self, *arguments: object) -> "Forked":
-        """A process at work."""
+    def start(self, *arguments: object, env: Mapping[str, str] | None = None) -> "Forked":
+        """A process at work, with `env` on top of the environment."""
         self.count += 1
         log = self.folder / str(self.count)
         for suffix in (".out", ".err"):
             log.with_suffix(suffix).touch()
         words = [str(argument) for argument in arguments]
-        return Forked(self, self._ask({"argv": words, "log": str(log)}), log)
+        return Forked(self, self._ask({"argv": words, "log": str(log), "env": dict(env or {})}), log)
 
     def wait(self, pid: int) -> int:
         """Its exit code; the negative signal if it was killed."""
@@ -132,7 +136,7 @@ def _serve() -> None:
 
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    for module in _WARM:
+    for module in sys.argv[1:]:
         importlib.import_module(module)
     for line in sys.stdin:
         request = json.loads(line)
@@ -159,6 +163,7 @@ def _child(request: dict[str, Any], torch: Any) -> None:
             os.dup2(handle, number)
         sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
         sys.argv = ["pipeline", *request["argv"]]
+        os.environ.update(request["env"])
         torch.set_num_threads(1)
         from pipeline.cli import main
 

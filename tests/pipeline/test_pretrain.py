@@ -2,18 +2,23 @@
 
 import json
 import lzma
+import math
 import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from forks import holder
-from transformers import Trainer, TrainerCallback
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import Trainer, TrainerCallback, set_seed
 
 from eval.errors import UserError, WorkError
 from pipeline.artifacts import sha256_tree
 from pipeline.checkpoint import load_model
+from pipeline.model import CompactGPT2LMHeadModel
 from pipeline.prepare import prepare
 from pipeline.pretrain import pretrain
 from pipeline.recipe import Pretrain, parse_recipe
@@ -72,8 +77,14 @@ def test_a_training_from_scratch(files: list[Path], validation: str, tmp_path: P
     # One end mark a document: five were cut out of the first file, which leaves six, and the second is one.
     assert written.count(DOCUMENT_MARK) in (6, 7)
 
-    curve = json.loads((out / "curve.json").read_text())
-    assert curve[-1]["step"] == 40 and curve[-1]["loss"] < curve[0]["loss"] - 0.5
+    points = curve(out)
+    assert points[-1]["step"] == 40 and points[-1]["loss"] < points[0]["loss"] - 0.5
+
+
+def curve(out: Path) -> list[dict[str, float]]:
+    """What a training wrote of itself, but for its speed."""
+    points = json.loads((out / "curve.json").read_text())
+    return [{key: value for key, value in point.items() if key != "tokens_per_second"} for point in points]
 
 
 class Pulled(TrainerCallback):
@@ -104,7 +115,7 @@ def test_a_cut_off_training_goes_on_to_the_same_weights(
     resumed = pretrain(recipe(), files, tmp_path / "cut", validation)
     assert seen == [None, str(tmp_path / "cut" / "checkpoint-4")]
     assert sha256_tree(resumed) == sha256_tree(whole)
-    assert (tmp_path / "cut" / "curve.json").read_text() == (tmp_path / "whole" / "curve.json").read_text()
+    assert curve(tmp_path / "cut") == curve(tmp_path / "whole")
 
 
 @pytest.fixture
@@ -160,7 +171,58 @@ def test_a_training_on_shards_walks_their_order_and_resumes_in_any_epoch(
             with pytest.raises(KeyboardInterrupt):
                 pretrain(choices, [], cut, None)
         assert sha256_tree(pretrain(choices, [], cut, None)) == sha256_tree(whole)
-        assert (cut / "curve.json").read_text() == (tmp_path / "whole" / "curve.json").read_text()
+        assert curve(cut) == curve(tmp_path / "whole")
+
+
+def test_adamw_cosine_clipping_and_accumulation_by_hand(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.hardware.autocast_dtype", lambda device: None)
+    how = {"schedule": "cosine", "optimizer": "adamw", "clip": 0.5, "weight_decay": 0.1, "adam_learning_rate": 0.01}
+    choices = on_shards(shards, steps=6, log_steps=1, **how)
+    folder = pretrain(choices, [], tmp_path / "out", None)
+    points = curve(tmp_path / "out")
+
+    blocks = ShuffledBlocks(ShardBlocks(find_shards(shards, "train"), 101, 280), choices.seed)
+    set_seed(choices.seed)
+    model = CompactGPT2LMHeadModel(load_model(folder).config)
+    decaying = [weight for weight in model.parameters() if weight.ndim == 2]
+    rest = [weight for weight in model.parameters() if weight.ndim == 1]
+    optimizer = torch.optim.AdamW([{"params": decaying}, {"params": rest, "weight_decay": 0}], 0.01, (0.9, 0.95))
+    optimizer.param_groups[0]["weight_decay"] = 0.1
+    for step, point in enumerate(points):
+        rate = 0.01 * (step / 2 if step < 2 else (1 + math.cos(math.pi * (step - 2) / 4)) / 2)
+        assert point["rate"] == pytest.approx(rate)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        ids = torch.stack([blocks[index]["input_ids"] for index in range(6 * step, 6 * step + 6)])
+        loss = F.cross_entropy(model(ids).logits[:, :-1].reshape(-1, 280), ids[:, 1:].reshape(-1))
+        assert point["loss"] == pytest.approx(loss.item(), rel=1e-5)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+
+
+def test_blocks_computed_again_or_compiled_learn_the_same(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(type(self).__name__))
+    plain = pretrain(on_shards(shards), [], tmp_path / "plain", None)
+    other = pretrain(on_shards(shards, checkpointing=True, compile=True), [], tmp_path / "other", None)
+    assert compiled == ["Block", "Block"]
+    for one, two in zip(load_model(plain).parameters(), load_model(other).parameters(), strict=True):
+        torch.testing.assert_close(one, two, atol=1e-6, rtol=0)
+
+
+def test_attention_runs_by_the_kernel_that_is_asked_for(
+    shards: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pretrain(on_shards(shards, attention="flash"), [], tmp_path / "out", None)
+    assert "; attention by flash_attention" in capfd.readouterr().err
+    with sdpa_kernel(SDPBackend.MATH), pytest.raises(UserError, match="SDPA chose math on cpu; set attention=any"):
+        pretrain(on_shards(shards, attention="flash"), [], tmp_path / "other", None)
 
 
 def test_shards_of_llm_c_with_a_tokenizer_beside(shards: Path, validation: str, tmp_path: Path) -> None:

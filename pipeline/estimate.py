@@ -1,0 +1,98 @@
+"""What a pretraining would take: memory of each device and time, without training."""
+
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from eval.errors import UserError
+from pipeline import hardware
+from pipeline.model import CompactGPT2LMHeadModel
+from pipeline.pretrain import new_model
+from pipeline.recipe import Pretrain
+from pipeline.watching import training_flops
+
+
+def estimate(recipe: Pretrain, device: str | None = None, devices: int = 1, utilisation: float = 0.4) -> dict[str, Any]:
+    """Bytes of each of `devices` GPUs of the kind `device` (by default this machine's), and seconds in all.
+
+    Weights, gradients and optimiser state are counted; what the way forward keeps for the way back is measured on
+    tensors without data, in bf16 autocast. Time is FLOPs over `utilisation` of the peak.
+    Raises `UserError` for a GPU whose peak is not known, or more devices than a step has batches for.
+    """
+    here = hardware.gpu()
+    name = device or (here["name"] if here else None)
+    peak = 1e12 * recipe.peak_tflops if recipe.peak_tflops else hardware.peak_flops(name or "")
+    if peak is None:
+        known = ", ".join(hardware.PEAKS)
+        raise UserError(f"--on {name or 'nothing'}: unknown; give one of {known}, or --set peak_tflops=N as well")
+    if recipe.accumulation % devices:
+        raise UserError(f"--devices {devices}: accumulation {recipe.accumulation} is no multiple of it; set it to one")
+    parameters, matrices, kept = _measured(recipe)
+    adam = 8 * parameters
+    state = adam if recipe.optimizer == "adamw" else adam - 4 * matrices
+    split = devices if recipe.parallel == "fsdp" else 1
+    memory = {
+        "weights": 4 * parameters // split,
+        "gradients": 4 * parameters // split,
+        "optimizer": state // (devices if recipe.parallel in ("zero1", "fsdp") else 1),
+        # DDP adds gradients up in a copy of its own; autocast keeps the weights in bf16.
+        "copies": (4 * parameters if devices > 1 and split == 1 else 0) + 2 * parameters // split,
+        "activations": recipe.batch_size * kept,
+    }
+    with FakeTensorMode():
+        flops = training_flops(new_model(recipe).config)
+    tokens = recipe.steps * recipe.batch_size * recipe.accumulation * recipe.model.n_positions
+    return {
+        "device": name or f"{recipe.peak_tflops:g} TFLOPS",
+        "devices": devices,
+        "parameters": parameters,
+        "tokens": tokens,
+        "flops": tokens * flops,
+        "memory": memory | {"total": sum(memory.values())},
+        "utilisation": utilisation,
+        "seconds": tokens * flops / (peak * utilisation * devices),
+    }
+
+
+def _measured(recipe: Pretrain) -> tuple[int, int, int]:
+    """Parameters, those of them that Muon takes, and the bytes that one block keeps until the way back."""
+    with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16):
+        model = new_model(recipe)
+        if recipe.checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        matrices = sum(w.numel() for name, w in model.named_parameters() if w.ndim == 2 and ".h." in name)
+        # What does not grow with the blocks, as weights in bf16, falls out of the difference.
+        kept = _kept(model, 2) - _kept(model, 1)
+        # On the way back the logits have a gradient of their own, in FP32.
+        return model.num_parameters(), matrices, kept + 4 * recipe.model.n_positions * recipe.model.vocab_size
+
+
+def _kept(model: CompactGPT2LMHeadModel, blocks: int) -> int:
+    """Bytes that autograd keeps of a forward pass over so many blocks."""
+    kept: dict[int, int] = {}
+    length = model.config.n_positions
+
+    def keep(value: torch.Tensor) -> torch.Tensor:
+        # Without data a causal mask is written out, which a real step has no need of.
+        if value.shape[1:] != (1, length, length):
+            storage = value.untyped_storage()
+            kept[storage._cdata] = storage.nbytes()
+        return value
+
+    ids = torch.zeros(blocks, length, dtype=torch.int64)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
+        held = model(ids, labels=ids, use_cache=False)  # as long as it is held, no place in memory is given away
+    del held
+    return sum(kept.values())
+
+
+def format_estimate(found: dict[str, Any]) -> str:
+    """What a person reads."""
+    memory = "\n".join(f"  {name:<12} {value / 2**30:8.2f} GiB" for name, value in found["memory"].items())
+    hours = found["seconds"] / 3600
+    return (
+        f"{found['parameters']:,} parameters, {found['tokens']:,} tokens, {found['flops']:.3g} FLOPs\n"
+        f"memory of each device, of {found['devices']} {found['device']}:\n{memory}\n"
+        f"time: {hours:,.1f} hours at {found['utilisation']:.0%} of the peak (an assumption: --utilisation)"
+    )
