@@ -16,7 +16,7 @@ from pipeline import hardware
 from pipeline.artifacts import RunFolder, disk_errors, replace_folder, sha256_file
 from pipeline.checkpoint import load_tokenizer, save_model
 from pipeline.data import TokenBlocks, encode_many, read_text, tokenize_dataset
-from pipeline.model import CompactGPT2Config, CompactGPT2LMHeadModel
+from pipeline.model import CompactGPT2LMHeadModel
 from pipeline.optim import MuonAdamW, pretraining_groups
 from pipeline.prepare import MANIFEST, TOKENIZER, TOKENIZER_FILE, prepared_shards, read_manifest
 from pipeline.recipe import Pretrain
@@ -57,12 +57,7 @@ def _pretrain(recipe: Pretrain, files: Sequence[Path], out: Path, validation_tex
     set_seed(recipe.seed)
     shape = recipe.model
     model = CompactGPT2LMHeadModel(
-        CompactGPT2Config(
-            vocab_size=shape.vocab_size,
-            n_positions=shape.n_positions,
-            n_embd=shape.n_head * shape.head_dim,
-            n_layer=shape.n_layer,
-            n_head=shape.n_head,
+        shape.config(
             resid_pdrop=0.0,
             embd_pdrop=0.0,
             attn_pdrop=0.0,

@@ -2,12 +2,15 @@
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from eval.errors import UserError
+
+if TYPE_CHECKING:
+    from pipeline.model import CompactGPT2Config
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -141,6 +144,21 @@ class PretrainModel(Strict):
     head_dim: Positive = 64
     n_positions: Positive = 512
     vocab_size: Annotated[int, Field(ge=257, le=65536)] = 8192
+    position: Literal["learned", "rope"] = "learned"
+    """`rope`: rotary positions, of base `rope_base`, in the first `rope_share` of each head."""
+    rope_base: Annotated[float, Field(gt=1)] = 10000.0
+    rope_share: Share = 1.0
+
+    @model_validator(mode="after")
+    def _a_model_can_have_it(self) -> Self:
+        self.config()
+        return self
+
+    def config(self, **fields: Any) -> "CompactGPT2Config":
+        """The model's configuration, with `fields` beside these. Raises `ValueError` where they do not fit."""
+        from pipeline.model import CompactGPT2Config
+
+        return CompactGPT2Config(n_embd=self.n_head * self.head_dim, **self.model_dump(), **fields)
 
 
 class Pretrain(Strict):

@@ -10,9 +10,11 @@ class CompactGPT2Config(PreTrainedConfig):
 
     `kept_heads[i]` holds the ascending original indices (in `range(n_head)`) of layer i's heads;
     `None` keeps all. `head_dim` is a field of its own: once heads are gone, `n_embd / n_head`
-    no longer gives it.
+    no longer gives it. `position` is `learned`, GPT-2's table, or `rope`, which turns the first
+    `rope_share` of each head by angles of base `rope_base` (rope.py).
 
-    Raises `ValueError` where the head list does not fit the layer and head counts.
+    Raises `ValueError` where the head list does not fit the layer and head counts, or a variant's
+    fields do not fit the model.
     """
 
     model_type = "compact_gpt2"
@@ -40,6 +42,9 @@ class CompactGPT2Config(PreTrainedConfig):
     eos_token_id: int | list[int] | None = 50256
     pad_token_id: int | None = None
     tie_word_embeddings: bool = True
+    position: str = "learned"
+    rope_base: float | int = 10000.0
+    rope_share: float | int = 1.0
     if TYPE_CHECKING:  # None when left out, but always set once the configuration is made
         head_dim: int
         n_inner: int
@@ -65,9 +70,27 @@ class CompactGPT2Config(PreTrainedConfig):
                 raise ValueError(
                     f"kept_heads[{layer}] is {heads}: give at least one head, ascending, each in 0..{self.n_head - 1}"
                 )
+        if self.position not in ("learned", "rope"):
+            raise ValueError(f"position is {self.position!r}: give learned or rope")
+        if self.rope_base <= 1:
+            raise ValueError(f"rope_base is {self.rope_base}: give more than 1")
+        if not 0 < self.rope_share <= 1 or self.rotary_dim < 2:
+            raise ValueError(
+                f"rope_share is {self.rope_share}: give a share of head_dim {self.head_dim} that holds two numbers"
+            )
         super().__post_init__(**kwargs)
 
     @property
     def pruned(self) -> bool:
         """Whether any layer has lost a head."""
         return any(len(heads) < self.n_head for heads in self.kept_heads)
+
+    @property
+    def rotary_dim(self) -> int:
+        """How many numbers of each head rotary positions turn: the even number at or under `rope_share * head_dim`."""
+        return int(self.rope_share * self.head_dim) // 2 * 2
+
+    @property
+    def variants(self) -> list[str]:
+        """In words, what this model has that GPT-2 has not."""
+        return ["rotary positions"] if self.position == "rope" else []

@@ -53,9 +53,11 @@ def from_gpt2(model: GPT2LMHeadModel) -> CompactGPT2LMHeadModel:
 def to_gpt2(model: CompactGPT2LMHeadModel) -> GPT2LMHeadModel:
     """Hugging Face's GPT-2 with the same weights and function.
 
-    Raises `ValueError` for a pruned model, which stock GPT-2 cannot express.
+    Raises `ValueError` for a pruned model or a variant, which stock GPT-2 cannot express.
     """
     config = model.config
+    if config.variants:
+        raise ValueError(f"a CompactGPT2 with {' and '.join(config.variants)} has no stock GPT-2 form")
     if config.pruned or config.head_dim * config.n_head != config.n_embd:
         raise ValueError("a pruned CompactGPT2 has no stock GPT-2 form: save it with save_pretrained instead")
     return _transfer(model, GPT2LMHeadModel(GPT2Config(**{field: getattr(config, field) for field in _SHARED_FIELDS})))

@@ -13,8 +13,11 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-# Relative, for an export ships these two files as they are.
+# Relative, for an export ships these files as they are.
 from .configuration import CompactGPT2Config
+from .rope import Rotary, rotate
+
+Rotation = tuple[torch.Tensor, torch.Tensor]
 
 
 class Attention(nn.Module):
@@ -35,10 +38,14 @@ class Attention(nn.Module):
         self.attn_pdrop = config.attn_pdrop
         self.resid_dropout = nn.Dropout(config.resid_pdrop)
 
-    def forward(self, x: torch.Tensor, mask: torch.Tensor | None, cache: Cache | None) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, mask: torch.Tensor | None, cache: Cache | None, rotation: Rotation | None = None
+    ) -> torch.Tensor:
         """`[batch, length, n_embd]` -> the same shape; appends to `cache` if there is one."""
         batch, length, _ = x.shape
         q, k, v = self.c_attn(x).view(batch, length, 3, self.n_head, self.head_dim).permute(2, 0, 3, 1, 4)
+        if rotation is not None:
+            q, k = rotate(q, rotation), rotate(k, rotation)
         if cache is not None:
             k, v = cache.update(k, v, self.layer)
         y = F.scaled_dot_product_attention(
@@ -77,8 +84,10 @@ class Block(GradientCheckpointingLayer):
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.mlp = MLP(config)
 
-    def forward(self, x: torch.Tensor, mask: torch.Tensor | None, cache: Cache | None) -> torch.Tensor:
-        x = x + self.attn(self.ln_1(x), mask, cache)
+    def forward(
+        self, x: torch.Tensor, mask: torch.Tensor | None, cache: Cache | None, rotation: Rotation | None = None
+    ) -> torch.Tensor:
+        x = x + self.attn(self.ln_1(x), mask, cache, rotation)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -115,7 +124,10 @@ class CompactGPT2Model(CompactGPT2PreTrainedModel):
     def __init__(self, config: CompactGPT2Config):
         super().__init__(config)
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.wpe = nn.Embedding(config.n_positions, config.n_embd)
+        if config.position == "learned":
+            self.wpe = nn.Embedding(config.n_positions, config.n_embd)
+        else:
+            self.rotary = Rotary(config)
         self.drop = nn.Dropout(config.embd_pdrop)
         self.h = nn.ModuleList([Block(config, layer) for layer in range(config.n_layer)])
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
@@ -161,9 +173,14 @@ class CompactGPT2Model(CompactGPT2PreTrainedModel):
             past_key_values=past_key_values,
             position_ids=position_ids,
         )
-        x = self.drop(inputs_embeds + self.wpe(position_ids))
+        rotation = None
+        if self.config.position == "learned":
+            inputs_embeds = inputs_embeds + self.wpe(position_ids)
+        else:
+            rotation = self.rotary(position_ids)
+        x = self.drop(inputs_embeds)
         for block in self.h:
-            x = block(x, mask, past_key_values)
+            x = block(x, mask, past_key_values, rotation)
         return BaseModelOutputWithPast(
             last_hidden_state=self.ln_f(x), past_key_values=past_key_values if use_cache else None
         )
