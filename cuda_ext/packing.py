@@ -97,9 +97,12 @@ def unsupported(shape: Shape) -> str | None:
 
 def _variant(config: dict[str, Any]) -> str | None:
     """In words, the field of a CompactGPT2 that makes it compute something else than GPT-2."""
-    if config.get("position", "learned") != "learned":
-        return "rotary positions"
-    return None
+    found = {
+        "rotary positions": config.get("position", "learned") != "learned",
+        "grouped-query attention": config.get("n_kv_head") not in (None, config.get("n_head")),
+        "sliding windows": config.get("window") not in (None, [None] * int(config.get("n_layer") or 0)),
+    }
+    return " and ".join(words for words, has in found.items() if has) or None
 
 
 def pack(folder: Path) -> Packed:

@@ -17,7 +17,7 @@ from pipeline.runner import RECIPE, RESULTS
 MARK = "headroom.json"
 """What tells an export from any other folder: the run, its stages and the sha256 of each file."""
 _CODE = Path(__file__).parent / "model"
-_MODULES = ("configuration.py", "modeling.py", "rope.py")
+_MODULES = ("configuration.py", "grouping.py", "modeling.py", "rope.py", "window.py")
 _AUTO_MAP = {
     "AutoConfig": "configuration.CompactGPT2Config",
     "AutoModel": "modeling.CompactGPT2Model",

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import GPTNeoXConfig
+from transformers import DynamicCache, GPTNeoXConfig, StaticCache
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXRotaryEmbedding, apply_rotary_pos_emb
 
 from cuda_ext.errors import CheckpointError
@@ -20,20 +20,27 @@ from pipeline.engines.openvino import OpenVINOEngine
 from pipeline.engines.torch import TorchEngine
 from pipeline.importance import head_scores
 from pipeline.inc import INCQuantizer, WeightOnlyConfig
-from pipeline.model import CompactGPT2Config, CompactGPT2LMHeadModel, slice_heads, to_gpt2
+from pipeline.model import CompactGPT2Config, CompactGPT2LMHeadModel, slice_heads, to_gpt2, to_grouped, to_windowed
 from pipeline.openvino_export import IR_NAME, export_openvino
 from pipeline.pretrain import pretrain
-from pipeline.recipe import Pretrain, PretrainModel, parse_recipe
+from pipeline.recipe import Pretrain, Recipe, parse_recipe
+from pipeline.stages import load, prune
+from pipeline.stages.job import Job
 
 CONTEXT, VOCAB = 41, 97
+ALL = {"position": "rope", "rope_share": 0.6, "n_kv_head": 2, "window": [4, None, 11]}
 VARIANTS: dict[str, dict[str, Any]] = {
     "rope": {"position": "rope"},
     "partial rope": {"position": "rope", "rope_share": 0.6, "rope_base": 500},
+    "grouped": {"n_kv_head": 3},
+    "windows": {"window": [2, None, 7]},
+    "windows everywhere": {"window": [3, 9, 40]},
+    "all": ALL,
 }
-ALL = {"position": "rope", "rope_share": 0.6}
 UNEVEN = [[0, 3, 4], [1], [0, 1, 2, 3, 4, 5]]
 IN_OPENVINO: dict[str, tuple[dict[str, Any], list[list[int]] | None]] = {
-    "rope": (VARIANTS["partial rope"], None),
+    "whole groups left": (ALL, [[0, 1, 2], [3, 4, 5], [0, 1, 2, 3, 4, 5]]),
+    "uneven groups": (ALL, [[0, 3], [1, 3, 4], [0, 1, 2, 3, 4, 5]]),
 }
 
 
@@ -89,17 +96,26 @@ def naive(model: CompactGPT2LMHeadModel, ids: torch.Tensor) -> torch.Tensor:
         rotary = GPTNeoXRotaryEmbedding(neox)(x, positions)
     for layer, heads in enumerate(config.kept_heads):
         h = f"transformer.h.{layer}."
-        q, k, v = linear(norm(x, h + "ln_1"), h + "attn.c_attn").chunk(3, dim=-1)
+        normed = norm(x, h + "ln_1")
+        groups = (
+            [head // (config.n_head // config.n_kv_head) for head in heads]
+            if config.grouped
+            else list(range(len(heads)))
+        )
+        if config.grouped:
+            q, k, v = (linear(normed, f"{h}attn.c_attn.{part}") for part in "qkv")
+        else:
+            q, k, v = linear(normed, h + "attn.c_attn").chunk(3, dim=-1)
         contexts = []
         for index in range(len(heads)):
-            part = slice(index * size, (index + 1) * size)
-            one = [tensor[:, None, :, part] for tensor in (q, k, v)]
+            group = sorted(set(groups)).index(groups[index])
+            one = [t[:, None, :, at * size : at * size + size] for t, at in ((q, index), (k, group), (v, group))]
             if rotary is not None:
                 one[:2] = apply_rotary_pos_emb(one[0], one[1], *rotary)
             query, key, value = (tensor[:, 0] for tensor in one)
             context = torch.empty(batch, length, size)
             for at in range(length):
-                seen = range(at + 1)
+                seen = range(max(0, at + 1 - (config.windows[layer] or CONTEXT)), at + 1)
                 scores = (key[:, list(seen)] @ query[:, at, :, None])[..., 0] / size**0.5
                 context[:, at] = (scores.softmax(-1)[:, None] @ value[:, list(seen)])[:, 0]
             contexts.append(context)
@@ -119,8 +135,32 @@ def test_logits_follow_the_definition(model: CompactGPT2LMHeadModel) -> None:
     for length in (1, 2, CONTEXT):
         ids = tokens(2, length)
         close(model(ids).logits, naive(model, ids))
-    plain = build(**(model.config.to_dict() | {"position": "learned"}))
-    assert (model(ids).logits - plain(ids).logits).abs().max() > 0.1
+
+
+@torch.no_grad()
+def test_pooling_key_value_heads() -> None:
+    """Where a group's heads were alike, nothing changes; else each group has the mean, also of a pruned model."""
+    model, ids = build(), tokens(2, 23)
+    assert all(torch.equal(a, b) for a, b in zip(to_grouped(model, 6).parameters(), model.parameters(), strict=True))
+    for given in (model, slice_heads(model, UNEVEN)):
+        grouped = to_grouped(given, 3)
+        back = CompactGPT2LMHeadModel(given.config).eval()
+        back.load_state_dict(given.state_dict())
+        for layer, heads in enumerate(given.config.kept_heads):
+            for parameter in back.transformer.h[layer].attn.c_attn.parameters():
+                for part in parameter.chunk(3)[1:]:
+                    for group in range(3):
+                        rows = [slice(i * 8, i * 8 + 8) for i, head in enumerate(heads) if head // 2 == group]
+                        mean = sum(part[row] for row in rows) / max(1, len(rows))
+                        for row in rows:
+                            part[row] = mean
+        close(grouped(ids).logits, back(ids).logits)
+        close(to_grouped(back, 3)(ids).logits, back(ids).logits)
+        assert grouped.num_parameters() < given.num_parameters()
+    with pytest.raises(ValueError, match="3 key/value heads for 6 heads already"):
+        to_grouped(grouped, 1)
+    with pytest.raises(ValueError, match="n_kv_head is 4: give a divisor of n_head 6"):
+        to_grouped(model, 4)
 
 
 @torch.no_grad()
@@ -135,6 +175,44 @@ def test_a_cache_changes_nothing(model: CompactGPT2LMHeadModel) -> None:
             parts.append(out.logits)
         assert cache.get_seq_length() == CONTEXT
         close(torch.cat(parts, dim=1), wanted)
+
+
+@torch.no_grad()
+def test_a_rolling_cache_holds_no_more_than_the_window() -> None:
+    """Over prompts shorter, equal and longer than the windows; a cache that the caller made empty, too."""
+    model, ids = build(window=[2, None, 7], n_kv_head=2), tokens(2, CONTEXT)
+    for prompt in (1, 2, 6, 7, 8, 30):
+        cache = DynamicCache()
+        model(ids[:, :prompt], past_key_values=cache, use_cache=True)
+        for at in range(prompt, CONTEXT):
+            shapes = [tuple(layer.keys.shape) for layer in cache.layers]
+            assert shapes == [(2, 2, min(at, most), 8) for most in (1, CONTEXT, 6)]
+            model(ids[:, at : at + 1], past_key_values=cache, use_cache=True)
+    for layer, kept in zip(cache.layers, (1, CONTEXT, 6), strict=True):
+        assert layer.keys.untyped_storage().nbytes() <= (kept + 1) * 2 * 2 * 8 * 4
+    with pytest.raises(ValueError, match="a static cache does not fit sliding windows"):
+        model(ids, past_key_values=StaticCache(config=model.config, max_cache_len=CONTEXT), use_cache=True)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("window", [2, 3, 6, 7])
+def test_what_lies_at_the_windows_border(window: int) -> None:
+    """A change of the token `window` back changes nothing in the first layer; of the one after it, it does."""
+    model, ids = build(window=window, n_layer=1), tokens(1, 13)
+    before = model(ids).logits[0, -1]
+    for back, seen in ((window, False), (window - 1, True)):
+        other = ids.clone()
+        other[0, -1 - back] = (other[0, -1 - back] + 1) % VOCAB
+        assert torch.equal(model(other).logits[0, -1], before) != seen
+
+
+@torch.no_grad()
+def test_texts_packed_into_one_row_do_not_see_each_other() -> None:
+    model = build(window=[3, None, 5])
+    parts = [tokens(1, length) for length in (9, 14)]
+    positions = torch.cat([torch.arange(part.shape[1]) for part in parts])[None]
+    logits = model(torch.cat(parts, dim=1), position_ids=positions, use_cache=False).logits
+    close(logits, torch.cat([naive(model, part) for part in parts], dim=1))
 
 
 @torch.no_grad()
@@ -216,6 +294,7 @@ def test_the_ir_on_the_cpu(name: str, tmp_path: Path) -> None:
     fields, heads = IN_OPENVINO[name]
     model = slice_heads(build(**fields), heads) if heads else build(**fields)
     folder = export_openvino(model, tmp_path / "fp32")
+    assert not any(block.attn.fill_groups for block in model.transformer.h)  # the model itself is not changed
     ids = tokens(3, CONTEXT)
     wanted = model(ids).logits
     for engine in (OpenVINOEngine.from_folder(folder), TorchEngine(model)):
@@ -238,6 +317,8 @@ def test_the_ir_on_the_cpu(name: str, tmp_path: Path) -> None:
         outputs = request.infer({key: value.numpy() for key, value in inputs.items()})
         close(torch.from_numpy(outputs["logits"].copy()), wanted[:, begin:end], 1e-4)
 
+    if name != "uneven groups":
+        return
     INCQuantizer.from_pretrained(model).quantize(save_directory=tmp_path / "int8", traced=folder / IR_NAME)
     int8 = OpenVINOEngine.from_folder(tmp_path / "int8").logits(ids)
     assert 1e-5 < (int8 - wanted).norm() / wanted.norm() < 0.05
@@ -250,6 +331,37 @@ def test_gptq_calibrates_on_what_the_model_computes() -> None:
     quantized = INCQuantizer(model).quantize(WeightOnlyConfig("gptq"), TokenBlocks(ids.numpy()))
     wanted = model(ids).logits
     assert 1e-5 < (quantized(ids).logits - wanted).norm() / wanted.norm() < 0.05
+
+
+@torch.no_grad()
+def test_a_window_on_a_trained_model(tiny_model: CompactGPT2LMHeadModel) -> None:
+    ids = tokens(2, 31)
+    model = to_windowed(tiny_model, [None, 4, 9])
+    close(model(ids).logits, naive(model, ids))
+    assert tiny_model.config.window is None and torch.equal(
+        to_windowed(tiny_model, 31)(ids).logits, tiny_model(ids).logits
+    )
+    with pytest.raises(ValueError, match="window lists 1 layers, n_layer is 3"):
+        to_windowed(tiny_model, [4])
+
+
+def test_a_run_converts_what_it_loads(tiny_choices: dict[str, Any], tmp_path: Path) -> None:
+    """Stage by stage, from the loaded variant to its pruned form; the plain stage's fingerprint is what it was."""
+    plain = parse_recipe(Recipe, tiny_choices)
+    assert load.config(plain).keys() == {"source", "revision", "content"}
+    recipe = parse_recipe(Recipe, tiny_choices | {"load": tiny_choices["load"] | {"n_kv_head": 1, "window": 9}})
+    assert load.config(recipe)["window"] == 9
+    load.build(Job(recipe, tmp_path / "load", None, "cpu"))
+    loaded = load_model(tmp_path / "load" / "model")
+    assert loaded.config.variants == ["grouped-query attention", "sliding windows"]
+    prune.build(Job(recipe, tmp_path / "prune", tmp_path / "load", "cpu"))
+    pruned = load_model(tmp_path / "prune" / "model")
+    assert pruned.config.pruned and pruned.config.groups(0) == {0: 4}
+    ids = tokens(2, 29)
+    close(pruned(ids).logits, naive(pruned, ids))
+    wrong = parse_recipe(Recipe, tiny_choices | {"load": tiny_choices["load"] | {"n_kv_head": 2}})
+    with pytest.raises(UserError, match="recipe, load: n_kv_head is 2: give a divisor of n_head 5"):
+        load.build(Job(wrong, tmp_path / "wrong", None, "cpu"))
 
 
 def test_the_cuda_engine_says_what_it_does_not_know(model: CompactGPT2LMHeadModel, tmp_path: Path) -> None:
@@ -271,7 +383,7 @@ def test_stock_gpt2_cannot_express_it(model: CompactGPT2LMHeadModel) -> None:
 def test_a_checkpoint_from_before_there_were_variants(tiny_model: CompactGPT2LMHeadModel, tmp_path: Path) -> None:
     tiny_model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    for field in ("position", "rope_base", "rope_share"):
+    for field in ("position", "rope_base", "rope_share", "n_kv_head", "window"):
         del config[field]
     (tmp_path / "config.json").write_text(json.dumps(config))
     old = load_model(tmp_path)
@@ -289,6 +401,9 @@ def test_a_checkpoint_from_before_there_were_variants(tiny_model: CompactGPT2LMH
         ({"rope_base": 1.0}, "rope_base is 1.0"),
         ({"rope_share": 0.2}, "rope_share is 0.2: give a share of head_dim 8"),
         ({"rope_share": 1.5}, "rope_share is 1.5"),
+        ({"n_kv_head": 4}, "n_kv_head is 4: give a divisor of n_head 6"),
+        ({"window": 1}, "window"),
+        ({"window": [4, None]}, "window lists 2 layers, n_layer is 3"),
     ],
 )
 def test_fields_that_do_not_fit(fields: dict[str, Any], message: str) -> None:
@@ -300,14 +415,12 @@ def test_fields_that_do_not_fit(fields: dict[str, Any], message: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS)
-def test_training_from_scratch(fields: dict[str, Any], tiny_texts: dict[str, Path], tmp_path: Path) -> None:
-    shape = {"n_layer": 3, "n_head": 6, "head_dim": 8, "n_positions": 16, "vocab_size": 263} | fields
+def test_training_from_scratch(tiny_texts: dict[str, Path], tmp_path: Path) -> None:
+    shape = {"n_layer": 3, "n_head": 6, "head_dim": 8, "n_positions": 16, "vocab_size": 263} | ALL
     choices = {"model": shape, "steps": 25, "warmup_steps": 2, "decay_steps": 3, "batch_size": 4, "log_steps": 1}
     recipe = parse_recipe(Pretrain, choices | {"eval_blocks": 1})
     folder = pretrain(recipe, [tiny_texts["train"]], tmp_path, tiny_texts["evaluation"].read_text())
     trained = load_model(folder).config
-    made = PretrainModel(**shape).config()
-    assert trained.variants == made.variants != []
+    assert (trained.rotary_dim, trained.n_kv_head, trained.window) == (4, 2, ALL["window"])
     losses = [point["loss"] for point in json.loads((tmp_path / "curve.json").read_text()) if "loss" in point]
     assert losses[-1] < losses[0] - 0.5
