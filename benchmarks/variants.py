@@ -93,6 +93,7 @@ def run(choices: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     shared = scratch / "shared"
     folder, _ = train({}, 1, text, shared, None)
     ids = encode(judged, load_tokenizer(folder))
+    ids = ids[: int(choices.text_share * len(ids))]
     rows: dict[str, dict[str, Any]] = {}
     engines: dict[str, TorchEngine] = {}
     for number, (name, fields) in enumerate(VARIANTS.items()):
