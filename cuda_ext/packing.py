@@ -18,7 +18,7 @@ _ALIGN = 128  # elements: 256 bytes
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes of a CompactGPT2. `heads[i]` is layer i's head count."""
+    """The sizes of a CompactGPT2. `heads[i]` is layer i's head count; `variant`: what it has that GPT-2 has not."""
 
     width: int
     inner: int
@@ -27,6 +27,7 @@ class Shape:
     head_dim: int
     heads: tuple[int, ...]
     epsilon: float
+    variant: str | None = None
 
     @property
     def ld_width(self) -> int:
@@ -76,11 +77,10 @@ def read_shape(folder: Path) -> Shape:
             head_dim=head_dim,
             heads=tuple(len(layer) for layer in kept) if kept is not None else (heads,) * layers,
             epsilon=float(config.get("layer_norm_epsilon", 1e-5)),
+            variant=_variant(config),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: not a GPT-2 configuration ({type(error).__name__}: {error})") from error
-    if unsupported(shape):
-        raise CheckpointError(f"{path}: {unsupported(shape)}")
     if len(shape.heads) != layers or min((*shape.heads, shape.width, shape.inner, shape.vocabulary)) < 1:
         raise CheckpointError(f"{path}: {layers} layers, but kept_heads names {len(shape.heads)}, or a size is 0")
     return shape
@@ -88,9 +88,21 @@ def read_shape(folder: Path) -> Shape:
 
 def unsupported(shape: Shape) -> str | None:
     """Why the kernels cannot run a model of these sizes, in one phrase; None where they can."""
+    if shape.variant is not None:
+        return f"the model has {shape.variant}, which the kernels do not know; the engine torch does"
     if shape.head_dim not in HEAD_DIMS:
         return f"head_dim is {shape.head_dim}; the kernels know {', '.join(map(str, HEAD_DIMS))}"
     return None
+
+
+def _variant(config: dict[str, Any]) -> str | None:
+    """In words, the field of a CompactGPT2 that makes it compute something else than GPT-2."""
+    found = {
+        "rotary positions": config.get("position", "learned") != "learned",
+        "grouped-query attention": config.get("n_kv_head") not in (None, config.get("n_head")),
+        "sliding windows": config.get("window") not in (None, [None] * int(config.get("n_layer") or 0)),
+    }
+    return " and ".join(words for words, has in found.items() if has) or None
 
 
 def pack(folder: Path) -> Packed:
@@ -100,6 +112,8 @@ def pack(folder: Path) -> Packed:
     Raises CheckpointError.
     """
     shape = read_shape(folder)
+    if unsupported(shape):
+        raise CheckpointError(f"{folder / 'config.json'}: {unsupported(shape)}")
     stock = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"] == "gpt2"
     tensors = _read(folder)
     parts: dict[str, torch.Tensor] = {}

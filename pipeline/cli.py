@@ -102,7 +102,10 @@ def half(out: Out = Path("runs/demo"), recipe: RecipeName = None, set: Set = Non
 
 @app.command()
 def prune(out: Out = Path("runs/demo"), recipe: RecipeName = None, set: Set = None, force: Force = False) -> Any:
-    """Stage 3: score the attention heads and cut the weakest out of the matrices."""
+    """Stage 3: score the attention heads and cut the weakest out of the matrices.
+
+    Where query heads share key/value heads, query heads are cut, and a key/value head with the last of its group.
+    """
     return _stage("prune", out, recipe, set, force)
 
 

@@ -17,6 +17,7 @@ from pipeline.runner import RECIPE, RESULTS
 MARK = "headroom.json"
 """What tells an export from any other folder: the run, its stages and the sha256 of each file."""
 _CODE = Path(__file__).parent / "model"
+_MODULES = ("configuration.py", "grouping.py", "modeling.py", "rope.py", "window.py")
 _AUTO_MAP = {
     "AutoConfig": "configuration.CompactGPT2Config",
     "AutoModel": "modeling.CompactGPT2Model",
@@ -151,7 +152,7 @@ def _weights(run: RunFolder, stage: str, precision: str) -> Path:
 def _copy_model(source: Path, target: Path) -> None:
     """A model folder with the code that runs it, and a config that names this code."""
     shutil.copytree(source, target)
-    for module in ("configuration.py", "modeling.py"):
+    for module in _MODULES:
         shutil.copyfile(_CODE / module, target / module)
     config = json.loads((target / "config.json").read_text(encoding="utf-8"))
     save_json(config | {"auto_map": _AUTO_MAP}, target / "config.json")

@@ -36,7 +36,8 @@ def head_scores(
 
     - `taylor`: what the loss would feel (Michel et al. 2019, arXiv 1905.10650, section 4.1): the mean
       over sequences of `|dL/d gate|`, where a gate of one multiplies each head's context.
-    - `magnitude`: the L2 norm of the head's own weights, its q, k and v rows and its output columns.
+    - `magnitude`: the L2 norm of the head's weights, its q, k and v rows and its output columns; rows that
+      a group shares count for each of its heads.
     - `activation`: the mean L2 norm over tokens of what the head adds to the residual stream.
     - `random`: uniform in [0, 1) from `seed`; the control.
 
@@ -75,7 +76,8 @@ def choose_heads(
     `scores[layer][i]` belongs to head `kept_heads[layer][i]` of `range(n_head)`. `scope="layer"` removes
     the share `ratio` of each layer's present heads, `"global"` that of all present heads wherever they
     are. The count is exact decimal arithmetic (0.2 of 5 is 1); `nearest` rounds halves up. Of equal
-    scores the first in (layer, head) order goes first.
+    scores the first in (layer, head) order goes first. Heads are query heads: with grouped queries they
+    go one by one, and a key/value head goes with the last that reads it.
     Raises `ValueError` where the arguments do not fit together.
     """
     if not 0 <= ratio < 1:
@@ -179,10 +181,10 @@ def _taylor(model: CompactGPT2LMHeadModel, batches: Iterator[dict[str, torch.Ten
 
 
 def _magnitude(model: CompactGPT2LMHeadModel) -> list[torch.Tensor]:
-    """Per head the L2 norm of its rows of `c_attn.weight` and its columns of `c_proj.weight`."""
+    """Per head the L2 norm of its rows of `c_attn` and its columns of `c_proj.weight`."""
     norms = []
     for attn in attentions(model):
-        rows = attn.c_attn.weight.unflatten(0, (3, attn.n_head, -1))
+        rows = attn.qkv_weights()
         columns = attn.c_proj.weight.unflatten(1, (attn.n_head, -1))
         norms.append((rows.square().sum(dim=(0, 2, 3)) + columns.square().sum(dim=(0, 2))).sqrt())
     return norms

@@ -27,7 +27,7 @@ from pipeline.openvino_export import export_openvino, quiet
 
 REPORT = "quantization.json"
 _HEAD = "lm_head"
-_POSITIONS = "transformer.wpe"
+_TOKENS = "transformer.wte"
 FOUR_BIT_GROUP = 64
 _RTN_ROWS = 4096
 
@@ -95,7 +95,7 @@ class INCQuantizer:
         traced: str | Path | None = None,
     ) -> CompactGPT2LMHeadModel:
         """An FP32 copy of the model whose linear layers are `QuantizedLinear`, its tied embedding a
-        `QuantizedEmbedding` and its position embedding a `HalfEmbedding`.
+        `QuantizedEmbedding` and its position embedding, if it has one, a `HalfEmbedding`.
 
         `quantization_config` is a `WeightOnlyConfig` (default: RTN), or neural-compressor's `RTNConfig` or
         `GPTQConfig` with INT8 codes and one scale a row. GPTQ reads `calibration_dataset`. With
@@ -108,7 +108,11 @@ class INCQuantizer:
         config, inc_config = _read_config(quantization_config)
         result = in_fp32(self.model)
         linears = {name: module for name, module in result.named_modules() if isinstance(module, nn.Linear)}
-        ignored = _ignored(config.ignore, [*linears, _POSITIONS])
+        # The position embedding, where positions are learned.
+        tables = [
+            name for name, module in result.named_modules() if isinstance(module, nn.Embedding) and name != _TOKENS
+        ]
+        ignored = _ignored(config.ignore, [*linears, *tables])
         blocks = {name: linear for name, linear in linears.items() if name not in ignored | {_HEAD}}
         _check_four_bit(config.four_bit, blocks)
         four_bit_config = copy.deepcopy(inc_config)
@@ -141,8 +145,9 @@ class INCQuantizer:
                 self._replace(result, _HEAD, head, weight, scale, "rtn", 8)
                 assert isinstance(result.lm_head, QuantizedLinear)
                 result.transformer.wte = QuantizedEmbedding(result.lm_head)
-        if _POSITIONS not in ignored:
-            result.set_submodule(_POSITIONS, HalfEmbedding(result.transformer.wpe.weight))
+        for name in tables:
+            if name not in ignored:
+                result.set_submodule(name, HalfEmbedding(result.get_parameter(f"{name}.weight")))
         if save_directory is not None:
             self._save(result, Path(save_directory), traced)
         return result

@@ -9,7 +9,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers.utils import logging as transformers_logging
@@ -17,7 +17,8 @@ from transformers.utils import logging as transformers_logging
 from eval.errors import UserError
 from pipeline.ir_weights import compress_weights
 from pipeline.model import CompactGPT2LMHeadModel, in_fp32
-from pipeline.openvino_runtime import IR_NAME, import_openvino
+from pipeline.model.modeling import Block
+from pipeline.openvino_runtime import IR_NAME, WINDOWS, import_openvino
 
 TOKENIZER_IRS = ("openvino_tokenizer", "openvino_detokenizer")
 
@@ -37,7 +38,8 @@ def export_openvino(
     past + length]`) and `beam_idx` (int32 `[batch]`), keeps keys and values as its state, and gives FP32
     `logits` `[batch, length, vocab]`. Weights are stored as FP32, or as FP16 with `compress_to_fp16`; or, with
     `int8`, a copy of `model` that INCQuantizer made, its codes stand in the weights' places, the tied embedding
-    one of them. `traced` is an IR that this function wrote of the same model in FP32: tracing, which takes most of
+    one of them. Keys and values of grouped queries are kept for each group where all groups have one size, else for
+    each query head. `traced` is an IR that this function wrote of the same model in FP32: tracing, which takes most of
     the time, is left out. The same model gives the same bytes. `model` is not changed.
 
     Raises `UserError` where openvino or optimum-intel is not installed.
@@ -54,6 +56,8 @@ def export_openvino(
         if int8 is not None:
             compress_weights(ir, int8)
         name_nodes(ir)
+        if any(model.config.windows):
+            ir.set_rt_info(",".join(str(window or 0) for window in model.config.windows), WINDOWS)
         openvino.save_model(ir, folder / IR_NAME, compress_to_fp16=compress_to_fp16)
         del ir  # it maps the scratch files
     config = copy.deepcopy(model.config)
@@ -100,8 +104,13 @@ def _trace(model: CompactGPT2LMHeadModel, folder: Path) -> None:
     except ImportError as error:
         raise UserError(f"optimum-intel cannot be imported ({error}); pip install optimum-intel==2.1.0") from error
 
-    assert model.config.kept_heads is not None
-    head_counts, head_dim = [len(heads) for heads in model.config.kept_heads], model.config.head_dim
+    attentions = [cast(Block, block).attn for block in model.transformer.h]
+    # OpenVINO's paged attention on a CPU is right only where the groups of all layers have one size.
+    fill = len({size for attn in attentions for size in attn.group_sizes}) > 1
+    for attn in attentions:
+        attn.fill_groups = fill
+    head_counts = [attn.n_head if fill else len(attn.group_sizes) for attn in attentions]
+    head_dim = model.config.head_dim
 
     class UnevenPast(DummyPastKeyValuesGenerator):
         """Example keys and values, each layer with its own head count."""

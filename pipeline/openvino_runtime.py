@@ -6,6 +6,8 @@ from typing import Any
 from eval.errors import UserError
 
 IR_NAME = "openvino_model.xml"
+WINDOWS = ["headroom", "windows"]
+"""Where an IR's own notes list each layer's sliding window, 0 for none: its paged form takes them from there."""
 
 
 def import_openvino() -> Any:

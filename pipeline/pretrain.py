@@ -18,7 +18,7 @@ from pipeline import hardware
 from pipeline.artifacts import RunFolder, disk_errors, replace_folder, sha256_file
 from pipeline.checkpoint import save_model
 from pipeline.data import TokenBlocks, encode_many, read_text, tokenize_dataset
-from pipeline.model import CompactGPT2Config, CompactGPT2LMHeadModel
+from pipeline.model import CompactGPT2LMHeadModel
 from pipeline.optim import MuonAdamW, adamw, pretraining_groups
 from pipeline.parallel import PretrainTrainer, check_processes, lost_others, shard
 from pipeline.prepare import MANIFEST, TOKENIZER, TOKENIZER_FILE, prepared_shards, read_manifest
@@ -101,12 +101,7 @@ def new_model(recipe: Pretrain, end: int | None = None) -> CompactGPT2LMHeadMode
     """The recipe's shape with random weights; `end` is the end-of-text token."""
     shape = recipe.model
     model = CompactGPT2LMHeadModel(
-        CompactGPT2Config(
-            vocab_size=shape.vocab_size,
-            n_positions=shape.n_positions,
-            n_embd=shape.n_head * shape.head_dim,
-            n_layer=shape.n_layer,
-            n_head=shape.n_head,
+        shape.config(
             resid_pdrop=0.0,
             embd_pdrop=0.0,
             attn_pdrop=0.0,

@@ -2,17 +2,22 @@
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from eval.errors import UserError
 
+if TYPE_CHECKING:
+    from pipeline.model import CompactGPT2Config
+
 RECIPES = Path(__file__).parent / "recipes"
 
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
+Tokens = Annotated[int, Field(ge=2)]
+Window = Tokens | list[Tokens | None] | None
 
 
 class Strict(BaseModel):
@@ -34,10 +39,15 @@ class Load(Strict):
 
     source: str = "embedded"
     revision: str | None = None
+    n_kv_head: Positive | None = None
+    """Pool key/value heads to so many (grouped-query attention), a divisor of the head count; `null`: leave them."""
+    window: Window = None
+    """Let each layer see so many tokens, the newest among them: one number, or one or `null` a layer; `null`: leave it.
+    After either the model wants `finetune`."""
 
 
 class Prune(Strict):
-    """Which attention heads go."""
+    """Which attention heads go. With grouped queries these are query heads; a key/value head goes with its last one."""
 
     ratio: Annotated[float, Field(ge=0, lt=1)] = 0.2
     scope: Literal["layer", "global"] = "layer"
@@ -141,6 +151,25 @@ class PretrainModel(Strict):
     head_dim: Positive = 64
     n_positions: Positive = 512
     vocab_size: Annotated[int, Field(ge=257, le=65536)] = 8192
+    position: Literal["learned", "rope"] = "learned"
+    """`rope`: rotary positions, of base `rope_base`, in the first `rope_share` of each head."""
+    rope_base: Annotated[float, Field(gt=1)] = 10000.0
+    rope_share: Share = 1.0
+    n_kv_head: Positive | None = None
+    """Key/value heads, a divisor of `n_head`, each read by as many query heads; `null`: one for each."""
+    window: Window = None
+    """How many tokens a layer sees, the newest among them: one number, or one or `null` for each layer."""
+
+    @model_validator(mode="after")
+    def _a_model_can_have_it(self) -> Self:
+        self.config()
+        return self
+
+    def config(self, **fields: Any) -> "CompactGPT2Config":
+        """The model's configuration, with `fields` beside these. Raises `ValueError` where they do not fit."""
+        from pipeline.model import CompactGPT2Config
+
+        return CompactGPT2Config(n_embd=self.n_head * self.head_dim, **self.model_dump(), **fields)
 
 
 class HellaSwag(Strict):

@@ -8,13 +8,17 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.openvino_runtime import WINDOWS
+
 _ROWS = "rows"
+_WINDOW_INPUT = 10  # of PagedAttentionExtension
 
 
 def page(ir: Any) -> Any:
     """Change a stateful IR in place: keys and values become inputs in blocks, tokens of all sequences stand in one
     row, and the input `rows` (int64 `[n]`) says for which of them logits `[n, 1, vocab]` are wanted: a prompt needs
-    those of the last position alone. Returns `ir`.
+    those of the last position alone. The transformation knows no mask but the causal one: sliding windows are put
+    in from the IR's notes. Blocks older than a window are not given back. Returns `ir`.
     """
     from openvino import opset13 as ops
 
@@ -22,6 +26,11 @@ def page(ir: Any) -> Any:
     from openvino._offline_transformations import paged_attention_transformation
 
     paged_attention_transformation(ir)
+    if ir.has_rt_info(WINDOWS):
+        attentions = [node for node in ir.get_ordered_ops() if node.get_type_name() == "PagedAttentionExtension"]
+        windows = map(int, ir.get_rt_info(WINDOWS).astype(str).split(","))
+        for node, window in zip(attentions, windows, strict=True):
+            node.input(_WINDOW_INPUT).replace_source_output(ops.constant(window, np.int32).output(0))
     head = ir.output(0).get_node().input_value(0).get_node()
     while head.get_type_name() != "MatMul":
         head = head.input_value(0).get_node()

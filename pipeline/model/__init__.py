@@ -3,7 +3,7 @@
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from pipeline.model.configuration import CompactGPT2Config
-from pipeline.model.convert import from_gpt2, in_fp32, to_gpt2
+from pipeline.model.convert import from_gpt2, in_fp32, to_gpt2, to_grouped, to_windowed
 from pipeline.model.modeling import CompactGPT2LMHeadModel, CompactGPT2Model
 from pipeline.model.slicing import slice_heads
 
@@ -15,6 +15,8 @@ __all__ = [
     "in_fp32",
     "slice_heads",
     "to_gpt2",
+    "to_grouped",
+    "to_windowed",
 ]
 
 AutoConfig.register(CompactGPT2Config.model_type, CompactGPT2Config)

@@ -1,5 +1,6 @@
 """The configuration of CompactGPT2: GPT-2's, plus which heads each layer kept."""
 
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedConfig
@@ -10,9 +11,16 @@ class CompactGPT2Config(PreTrainedConfig):
 
     `kept_heads[i]` holds the ascending original indices (in `range(n_head)`) of layer i's heads;
     `None` keeps all. `head_dim` is a field of its own: once heads are gone, `n_embd / n_head`
-    no longer gives it.
+    no longer gives it. `position` is `learned`, GPT-2's table, or `rope`, which turns the first
+    `rope_share` of each head by angles of base `rope_base` (rope.py).
 
-    Raises `ValueError` where the head list does not fit the layer and head counts.
+    `n_kv_head` key/value heads (None: as many as `n_head`) each serve `n_head / n_kv_head` query heads
+    that follow one another (grouping.py); where some of these are gone it serves the rest, and it
+    goes with the last. In a layer with a `window`, a token sees the last so many tokens, itself among
+    them (window.py): one number for all layers, or a number or None for each.
+
+    Raises `ValueError` where the head list does not fit the layer and head counts, or a variant's
+    fields do not fit the model.
     """
 
     model_type = "compact_gpt2"
@@ -22,6 +30,7 @@ class CompactGPT2Config(PreTrainedConfig):
         "max_position_embeddings": "n_positions",
         "num_attention_heads": "n_head",
         "num_hidden_layers": "n_layer",
+        "num_key_value_heads": "n_kv_head",
     }
 
     vocab_size: int = 50257
@@ -40,13 +49,19 @@ class CompactGPT2Config(PreTrainedConfig):
     eos_token_id: int | list[int] | None = 50256
     pad_token_id: int | None = None
     tie_word_embeddings: bool = True
+    position: str = "learned"
+    rope_base: float | int = 10000.0
+    rope_share: float | int = 1.0
+    window: int | list[int | None] | None = None
     if TYPE_CHECKING:  # None when left out, but always set once the configuration is made
         head_dim: int
         n_inner: int
+        n_kv_head: int
         kept_heads: list[list[int]]
     else:
         head_dim: int | None = None
         n_inner: int | None = None
+        n_kv_head: int | None = None
         kept_heads: list[list[int]] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -56,6 +71,10 @@ class CompactGPT2Config(PreTrainedConfig):
             self.head_dim = self.n_embd // self.n_head
         if self.n_inner is None:
             self.n_inner = 4 * self.n_embd
+        if self.n_kv_head is None:
+            self.n_kv_head = self.n_head
+        if self.n_kv_head < 1 or self.n_head % self.n_kv_head:
+            raise ValueError(f"n_kv_head is {self.n_kv_head}: give a divisor of n_head {self.n_head}")
         if self.kept_heads is None:
             self.kept_heads = [list(range(self.n_head)) for _ in range(self.n_layer)]
         if len(self.kept_heads) != self.n_layer:
@@ -65,9 +84,51 @@ class CompactGPT2Config(PreTrainedConfig):
                 raise ValueError(
                     f"kept_heads[{layer}] is {heads}: give at least one head, ascending, each in 0..{self.n_head - 1}"
                 )
+        if self.position not in ("learned", "rope"):
+            raise ValueError(f"position is {self.position!r}: give learned or rope")
+        if self.rope_base <= 1:
+            raise ValueError(f"rope_base is {self.rope_base}: give more than 1")
+        if not 0 < self.rope_share <= 1 or self.rotary_dim < 2:
+            raise ValueError(
+                f"rope_share is {self.rope_share}: give a share of head_dim {self.head_dim} that holds two numbers"
+            )
+        windows = self.windows
+        if len(windows) != self.n_layer:
+            raise ValueError(f"window lists {len(windows)} layers, n_layer is {self.n_layer}")
+        if any(window is not None and window < 2 for window in windows):
+            raise ValueError(f"window is {self.window}: give at least 2 tokens")
         super().__post_init__(**kwargs)
 
     @property
     def pruned(self) -> bool:
         """Whether any layer has lost a head."""
         return any(len(heads) < self.n_head for heads in self.kept_heads)
+
+    @property
+    def rotary_dim(self) -> int:
+        """How many numbers of each head rotary positions turn: the even number at or under `rope_share * head_dim`."""
+        return int(self.rope_share * self.head_dim) // 2 * 2
+
+    @property
+    def variants(self) -> list[str]:
+        """In words, what this model has that GPT-2 has not."""
+        found = {
+            "rotary positions": self.position == "rope",
+            "grouped-query attention": self.grouped,
+            "sliding windows": any(self.windows),
+        }
+        return [words for words, has in found.items() if has]
+
+    @property
+    def windows(self) -> list[int | None]:
+        """Each layer's window in tokens; None: it sees all."""
+        return self.window if isinstance(self.window, list) else [self.window] * self.n_layer
+
+    @property
+    def grouped(self) -> bool:
+        """Whether query heads share key/value heads."""
+        return self.n_kv_head < self.n_head
+
+    def groups(self, layer: int) -> dict[int, int]:
+        """The original index of each key/value head that a layer kept, ascending, and how many query heads read it."""
+        return dict(sorted(Counter(head * self.n_kv_head // self.n_head for head in self.kept_heads[layer]).items()))

@@ -1,6 +1,7 @@
 """Import from and export to Hugging Face's GPT-2; every key and shape is checked."""
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -53,12 +54,57 @@ def from_gpt2(model: GPT2LMHeadModel) -> CompactGPT2LMHeadModel:
 def to_gpt2(model: CompactGPT2LMHeadModel) -> GPT2LMHeadModel:
     """Hugging Face's GPT-2 with the same weights and function.
 
-    Raises `ValueError` for a pruned model, which stock GPT-2 cannot express.
+    Raises `ValueError` for a pruned model or a variant, which stock GPT-2 cannot express.
     """
     config = model.config
+    if config.variants:
+        raise ValueError(f"a CompactGPT2 with {' and '.join(config.variants)} has no stock GPT-2 form")
     if config.pruned or config.head_dim * config.n_head != config.n_embd:
         raise ValueError("a pruned CompactGPT2 has no stock GPT-2 form: save it with save_pretrained instead")
     return _transfer(model, GPT2LMHeadModel(GPT2Config(**{field: getattr(config, field) for field in _SHARED_FIELDS})))
+
+
+def to_grouped(model: CompactGPT2LMHeadModel, n_kv_head: int) -> CompactGPT2LMHeadModel:
+    """A new model whose query heads share `n_kv_head` key/value heads, each the mean of those that its query heads
+    had (Ainslie et al. 2023, arXiv 2305.13245, section 2.1). It wants some training after that: the paper gives 5 %
+    of the steps that the model was trained for. Dtype and device stay; `model` is not changed.
+
+    Raises `ValueError` where `n_kv_head` does not divide `n_head`, or heads are shared already.
+    """
+    old = model.config
+    if old.grouped:
+        raise ValueError(f"the model has {old.n_kv_head} key/value heads for {old.n_head} heads already")
+    state = dict(model.state_dict())
+    config = CompactGPT2Config.from_dict(old.to_dict() | {"n_kv_head": n_kv_head})
+    for layer in range(old.n_layer if config.grouped else 0):
+        sizes = list(config.groups(layer).values())
+        prefix = f"transformer.h.{layer}.attn.c_attn."
+        for part in ("weight", "bias"):
+            state[f"{prefix}q.{part}"], *kv = state.pop(prefix + part).chunk(3)
+            for name, rows in zip("kv", kv, strict=True):
+                groups = rows.unflatten(0, (-1, old.head_dim)).split(sizes)
+                state[f"{prefix}{name}.{part}"] = torch.cat([group.mean(dim=0) for group in groups])
+    return _rebuilt(model, config, state)
+
+
+def to_windowed(model: CompactGPT2LMHeadModel, window: int | list[int | None]) -> CompactGPT2LMHeadModel:
+    """A new model with the same weights whose layers see `window` tokens, one number or one (or None: all) for each
+    layer. It wants some training after that. Dtype and device stay; `model` is not changed.
+
+    Raises `ValueError` where `window` does not fit the layers.
+    """
+    config = CompactGPT2Config.from_dict(model.config.to_dict() | {"window": window})
+    return _rebuilt(model, config, model.state_dict())
+
+
+def _rebuilt(
+    model: CompactGPT2LMHeadModel, config: CompactGPT2Config, state: Mapping[str, torch.Tensor]
+) -> CompactGPT2LMHeadModel:
+    """A model of `config` with `state`, and all else as `model` has it."""
+    result = CompactGPT2LMHeadModel(config).to(model.device, model.dtype)
+    result.load_state_dict(state)
+    result.generation_config = copy.deepcopy(model.generation_config)
+    return result.train(model.training)
 
 
 def in_fp32(model: CompactGPT2LMHeadModel) -> CompactGPT2LMHeadModel:

@@ -13,15 +13,21 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-# Relative, for an export ships these two files as they are.
+# Relative, for an export ships these files as they are.
 from .configuration import CompactGPT2Config
+from .grouping import GroupedProjection, shared
+from .rope import Rotary, rotate
+from .window import rolling, whole, windowed
+
+Rotation = tuple[torch.Tensor, torch.Tensor]
 
 
 class Attention(nn.Module):
     """Causal self-attention of one layer, over the heads that the layer kept.
 
     `c_attn.weight` is `[3 * heads * head_dim, n_embd]`, its rows q, k, v, each the kept heads in
-    ascending order; `c_proj.weight` is `[n_embd, heads * head_dim]`.
+    ascending order; `c_proj.weight` is `[n_embd, heads * head_dim]`. Where query heads share keys and
+    values, `c_attn` is a `GroupedProjection`.
     """
 
     def __init__(self, config: CompactGPT2Config, layer: int):
@@ -30,17 +36,37 @@ class Attention(nn.Module):
         self.head_dim = config.head_dim
         self.n_head = len(config.kept_heads[layer])
         width = self.n_head * self.head_dim
-        self.c_attn = nn.Linear(config.n_embd, 3 * width)
+        self.group_sizes = list(config.groups(layer).values())
+        self.fill_groups = False
+        """Whether keys and values are cached for each query head: the export to OpenVINO sets it."""
+        self.c_attn: nn.Module = (
+            GroupedProjection(config.n_embd, width, len(self.group_sizes) * self.head_dim)
+            if config.grouped
+            else nn.Linear(config.n_embd, 3 * width)
+        )
         self.c_proj = nn.Linear(width, config.n_embd)
+        self.window = config.windows[layer]
         self.attn_pdrop = config.attn_pdrop
         self.resid_dropout = nn.Dropout(config.resid_pdrop)
 
-    def forward(self, x: torch.Tensor, mask: torch.Tensor | None, cache: Cache | None) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, mask: torch.Tensor | None, cache: Cache | None, rotation: Rotation | None = None
+    ) -> torch.Tensor:
         """`[batch, length, n_embd]` -> the same shape; appends to `cache` if there is one."""
         batch, length, _ = x.shape
-        q, k, v = self.c_attn(x).view(batch, length, 3, self.n_head, self.head_dim).permute(2, 0, 3, 1, 4)
+        projected = self.c_attn(x)
+        parts = projected if isinstance(projected, tuple) else projected.chunk(3, dim=-1)
+        q, k, v = (part.view(batch, length, -1, self.head_dim).transpose(1, 2) for part in parts)
+        if rotation is not None:
+            q, k = rotate(q, rotation), rotate(k, rotation)
+        sizes = self.group_sizes
+        if self.fill_groups:
+            k, v, sizes = shared(k, sizes), shared(v, sizes), [1] * self.n_head
         if cache is not None:
             k, v = cache.update(k, v, self.layer)
+        if self.window is not None:
+            mask = windowed(mask, self.window, length, k.shape[2], x.device)
+        k, v = shared(k, sizes), shared(v, sizes)
         y = F.scaled_dot_product_attention(
             q,
             k,
@@ -51,6 +77,16 @@ class Attention(nn.Module):
             is_causal=mask is None and length > 1,
         )
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(batch, length, -1)))
+
+    def qkv_weights(self) -> torch.Tensor:
+        """The rows of `c_attn` that make each head's q, k and v, `[3, heads, head_dim, n_embd]`; heads of one group
+        have the same k and v."""
+        # One matrix, or those of q, k and v.
+        matrices = [p for name, p in self.c_attn.named_parameters() if name.endswith("weight")]
+        if len(matrices) == 1:
+            return matrices[0].unflatten(0, (3, self.n_head, -1))
+        q, k, v = (matrix.unflatten(0, (-1, self.head_dim))[None] for matrix in matrices)
+        return torch.cat([q, shared(k, self.group_sizes), shared(v, self.group_sizes)])
 
 
 class MLP(nn.Module):
@@ -77,8 +113,10 @@ class Block(GradientCheckpointingLayer):
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.mlp = MLP(config)
 
-    def forward(self, x: torch.Tensor, mask: torch.Tensor | None, cache: Cache | None) -> torch.Tensor:
-        x = x + self.attn(self.ln_1(x), mask, cache)
+    def forward(
+        self, x: torch.Tensor, mask: torch.Tensor | None, cache: Cache | None, rotation: Rotation | None = None
+    ) -> torch.Tensor:
+        x = x + self.attn(self.ln_1(x), mask, cache, rotation)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -115,7 +153,10 @@ class CompactGPT2Model(CompactGPT2PreTrainedModel):
     def __init__(self, config: CompactGPT2Config):
         super().__init__(config)
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.wpe = nn.Embedding(config.n_positions, config.n_embd)
+        if config.position == "learned":
+            self.wpe = nn.Embedding(config.n_positions, config.n_embd)
+        else:
+            self.rotary = Rotary(config)
         self.drop = nn.Dropout(config.embd_pdrop)
         self.h = nn.ModuleList([Block(config, layer) for layer in range(config.n_layer)])
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
@@ -151,6 +192,7 @@ class CompactGPT2Model(CompactGPT2PreTrainedModel):
             use_cache = False
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
+        rolling(past_key_values, self.config)
         if position_ids is None:
             past = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device).unsqueeze(0) + past
@@ -158,12 +200,17 @@ class CompactGPT2Model(CompactGPT2PreTrainedModel):
             config=self.config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
+            past_key_values=whole(past_key_values, self.config),
             position_ids=position_ids,
         )
-        x = self.drop(inputs_embeds + self.wpe(position_ids))
+        rotation = None
+        if self.config.position == "learned":
+            inputs_embeds = inputs_embeds + self.wpe(position_ids)
+        else:
+            rotation = self.rotary(position_ids)
+        x = self.drop(inputs_embeds)
         for block in self.h:
-            x = block(x, mask, past_key_values)
+            x = block(x, mask, past_key_values, rotation)
         return BaseModelOutputWithPast(
             last_hidden_state=self.ln_f(x), past_key_values=past_key_values if use_cache else None
         )

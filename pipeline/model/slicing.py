@@ -13,7 +13,9 @@ def slice_heads(model: CompactGPT2LMHeadModel, kept_heads: Sequence[Sequence[int
     """A new model that has only `kept_heads[layer]` (original indices) in each layer.
 
     It computes what the given model computes with the other heads gated to zero: a head enters the
-    output only through its own columns of `c_proj`. Dtype and device stay; `model` is not changed.
+    output only through its own columns of `c_proj`. With grouped queries, `kept_heads` are query heads;
+    a key/value head is cut out with the last query head of its group, so that a layer's groups may come
+    to differ in size. Dtype and device stay; `model` is not changed.
     Raises `ValueError` if a head to keep is no longer there.
     """
     old = model.config
@@ -25,16 +27,25 @@ def slice_heads(model: CompactGPT2LMHeadModel, kept_heads: Sequence[Sequence[int
         missing = sorted(set(keeps) - set(had))
         if missing:
             raise ValueError(f"layer {layer} has heads {had}; it cannot keep {missing}")
+        inner = _numbers(had, keeps, old.head_dim).to(model.device)
+        shared = _numbers(list(old.groups(layer)), list(pruned.config.groups(layer)), old.head_dim).to(model.device)
         width = len(had) * old.head_dim
-        inner = torch.tensor(
-            [had.index(head) * old.head_dim + i for head in keeps for i in range(old.head_dim)], device=model.device
-        )
-        rows = torch.cat([inner, inner + width, inner + 2 * width])
         prefix = f"transformer.h.{layer}.attn."
-        state[prefix + "c_attn.weight"] = state[prefix + "c_attn.weight"][rows]
-        state[prefix + "c_attn.bias"] = state[prefix + "c_attn.bias"][rows]
+        rows = (
+            {"c_attn.q": inner, "c_attn.k": shared, "c_attn.v": shared}
+            if old.grouped
+            else {"c_attn": torch.cat([inner, inner + width, inner + 2 * width])}
+        )
+        for name, index in rows.items():
+            for part in ("weight", "bias"):
+                state[f"{prefix}{name}.{part}"] = state[f"{prefix}{name}.{part}"][index]
         state[prefix + "c_proj.weight"] = state[prefix + "c_proj.weight"][:, inner]
     pruned.load_state_dict({key: value.detach().clone().contiguous() for key, value in state.items()}, strict=False)
     pruned.tie_weights()
     pruned.generation_config = copy.deepcopy(model.generation_config)
     return pruned.train(model.training)
+
+
+def _numbers(had: Sequence[int], keeps: Sequence[int], head_dim: int) -> torch.Tensor:
+    """Where the numbers of the heads that stay lie among those of all that were there."""
+    return torch.tensor([had.index(head) * head_dim + i for head in keeps for i in range(head_dim)])

@@ -6,6 +6,7 @@ from typing import Any
 from eval.errors import UserError
 from pipeline.artifacts import fingerprint, sha256_file
 from pipeline.checkpoint import load_model, save_model
+from pipeline.model import to_grouped, to_windowed
 from pipeline.recipe import Recipe
 from pipeline.stages.job import Job
 from pipeline.texts import ASSETS
@@ -13,6 +14,7 @@ from pipeline.tokenizer import load_tokenizer
 
 VERSION = 1
 EMBEDDED = ASSETS / "gpt2-mini"
+_CONVERSIONS = {"n_kv_head", "window"}
 _WANTED = ["*.json", "*.safetensors", "merges.txt", "*.model"]
 
 
@@ -52,11 +54,12 @@ def content_fingerprint(folder: Path) -> str:
 def config(recipe: Recipe) -> dict[str, Any]:
     """The part of the recipe that decides this stage, with the content of the model it names."""
     folder = resolve(recipe.load.source, recipe.load.revision)
-    return recipe.load.model_dump() | {"content": content_fingerprint(folder)}
+    conversions = recipe.load.model_dump(include=_CONVERSIONS, exclude_none=True)
+    return recipe.load.model_dump(exclude=_CONVERSIONS) | conversions | {"content": content_fingerprint(folder)}
 
 
 def build(job: Job) -> dict[str, Any]:
-    """Write `model/`: the FP32 model and its tokenizer."""
+    """Write `model/`: the FP32 model, as a variant where the recipe asks for one, and its tokenizer."""
     folder = resolve(job.recipe.load.source, job.recipe.load.revision)
     model, tokenizer = load_model(folder), load_tokenizer(folder)
     if len(tokenizer) > model.config.vocab_size:
@@ -64,5 +67,13 @@ def build(job: Job) -> dict[str, Any]:
             f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model only {model.config.vocab_size}; "
             "give the tokenizer that the model was trained with"
         )
+    choices = job.recipe.load
+    try:
+        if choices.n_kv_head is not None:
+            model = to_grouped(model, choices.n_kv_head)
+        if choices.window is not None:
+            model = to_windowed(model, choices.window)
+    except ValueError as error:
+        raise UserError(f"recipe, load: {error}") from error
     save_model(model, tokenizer, job.out / "model")
     return {"parameters": model.num_parameters()}
