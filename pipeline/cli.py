@@ -90,7 +90,10 @@ def _stage(
 
 @app.command()
 def load(out: Out = Path("runs/demo"), recipe: RecipeName = None, set: Set = None, force: Force = False) -> Any:
-    """Stage 1: bring a GPT-2 in (Hub, folder or embedded), in FP32."""
+    """Stage 1: bring a GPT-2 in (Hub, folder or embedded), in FP32.
+
+    --set load.n_kv_head=N pools its key/value heads, --set load.window=N lets its layers see the last N tokens alone.
+    """
     return _stage("load", out, recipe, set, force)
 
 

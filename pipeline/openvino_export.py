@@ -105,7 +105,7 @@ def _trace(model: CompactGPT2LMHeadModel, folder: Path) -> None:
         raise UserError(f"optimum-intel cannot be imported ({error}); pip install optimum-intel==2.1.0") from error
 
     attentions = [cast(Block, block).attn for block in model.transformer.h]
-    # OpenVINO's paged attention on a CPU is right only where the groups of all layers have one size.
+    # OpenVINO 2026.4's paged attention on a CPU reads layers wrongly whose groups differ in size.
     fill = len({size for attn in attentions for size in attn.group_sizes}) > 1
     for attn in attentions:
         attn.fill_groups = fill

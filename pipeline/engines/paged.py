@@ -17,8 +17,8 @@ _WINDOW_INPUT = 10  # of PagedAttentionExtension
 def page(ir: Any) -> Any:
     """Change a stateful IR in place: keys and values become inputs in blocks, tokens of all sequences stand in one
     row, and the input `rows` (int64 `[n]`) says for which of them logits `[n, 1, vocab]` are wanted: a prompt needs
-    those of the last position alone. The transformation knows no mask but the causal one: sliding windows are put
-    in from the IR's notes. Blocks older than a window are not given back. Returns `ir`.
+    those of the last position alone. The transformation takes the masks out: sliding windows are put in again from
+    the IR's notes. Blocks older than a window are not given back. Returns `ir`.
     """
     from openvino import opset13 as ops
 
