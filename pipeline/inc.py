@@ -20,12 +20,12 @@ from torch import nn
 
 from eval.errors import UserError
 from eval.results import QuantizedLayer
+from pipeline.artifacts import QUANTIZATION
 from pipeline.data import TokenBlocks
 from pipeline.model import CompactGPT2LMHeadModel, in_fp32
 from pipeline.model.quantized import HalfEmbedding, QuantizedEmbedding, QuantizedLinear, dequantized
 from pipeline.openvino_export import export_openvino, quiet
 
-REPORT = "quantization.json"
 _HEAD = "lm_head"
 _TOKENS = "transformer.wte"
 FOUR_BIT_GROUP = 64
@@ -182,7 +182,7 @@ class INCQuantizer:
     def _save(self, quantized: CompactGPT2LMHeadModel, folder: Path, traced: str | Path | None) -> None:
         export_openvino(self.model, folder, tokenizer=self.tokenizer, int8=quantized, traced=traced)
         layers = [dataclasses.asdict(layer) for layer in self.report]
-        (folder / REPORT).write_text(json.dumps({"layers": layers}, indent=1) + "\n", encoding="utf-8")
+        (folder / QUANTIZATION).write_text(json.dumps({"layers": layers}, indent=1) + "\n", encoding="utf-8")
 
 
 def _read_config(given: Any) -> tuple[WeightOnlyConfig, Any]:
