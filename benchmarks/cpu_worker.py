@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.cpu_peers.runner import Runner
+from eval.errors import reason
 
 
 class Worker:
@@ -75,8 +76,7 @@ def main() -> None:
             worker = worker or Worker(*sys.argv[1:])
             answer = getattr(worker, request.pop("do"))(**request)
         except Exception as error:
-            words = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-            answer = {"error": words[:300] or type(error).__name__, "missing": isinstance(error, ImportError)}
+            answer = {"error": reason(error)[:300], "missing": isinstance(error, ImportError)}
         print(json.dumps(answer), flush=True)
 
 

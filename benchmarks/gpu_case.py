@@ -19,6 +19,7 @@ import torch
 from benchmarks.roofline import HALF, kv_bytes, measure_ceilings, weight_bytes_per_token
 from benchmarks.subjects import Case, Check, Subject, kinds
 from benchmarks.timing import cpu_lap, gpu_lap, in_turns
+from eval.errors import reason
 from pipeline.model import CompactGPT2Config
 
 _PROMPTS = 8
@@ -55,7 +56,7 @@ def measure_case(request: Mapping[str, Any]) -> None:
             subject = kind.make(folder / kind.model, case, device)
             errors = check(subject) if kind.model == "pruned" else {}  # the dense model is Hugging Face's own
         except Exception as error:
-            say(subject=name, skipped=f"{type(error).__name__}: {_first_line(error)}")
+            say(subject=name, skipped=f"{type(error).__name__}: {reason(error)[:500]}")
             if device != "cpu":
                 torch.cuda.synchronize()  # raises where the device is lost, and ends this process
             continue
@@ -77,10 +78,6 @@ def measure_case(request: Mapping[str, Any]) -> None:
         turn=lambda name: say(start=name, seconds=_TURN_SECONDS),
     )
     say(timings={name: dataclasses.asdict(value) for name, value in timings.items()})
-
-
-def _first_line(error: Exception) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), "")[:500]
 
 
 def _work(subject: Subject, case: Case, prompts: torch.Tensor) -> tuple[Callable[[], object], Callable[[], object]]:

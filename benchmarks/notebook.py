@@ -15,7 +15,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 from nbformat import NotebookNode
 
-from eval.errors import UserError, WorkError
+from eval.errors import UserError, WorkError, reason
 from eval.results import save_text
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -89,8 +89,7 @@ def _read(path: Path) -> NotebookNode:
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; give a notebook (.ipynb)") from error
     except Exception as error:  # nbformat raises its own kinds, jsonschema's and KeyError for files that are none
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path}: no notebook ({reason}); give an .ipynb file of format 4") from error
+        raise UserError(f"{path}: no notebook ({reason(error)}); give an .ipynb file of format 4") from error
     return notebook
 
 
@@ -119,8 +118,8 @@ def _execute(notebook: NotebookNode, path: Path) -> None:
     try:
         client.execute()
     except CellExecutionError as error:
-        reason = (error.evalue.splitlines() or [""])[0]
-        raise WorkError(f"{path}: {at_work} failed: {error.ename}: {reason}") from error
+        said = (error.evalue.splitlines() or [""])[0]
+        raise WorkError(f"{path}: {at_work} failed: {error.ename}: {said}") from error
     except DeadKernelError as error:
         raise WorkError(f"{path}: {at_work} failed: the kernel died; too little memory is the usual cause") from error
     except NoSuchKernel as error:

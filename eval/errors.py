@@ -1,4 +1,4 @@
-"""The one error that speaks to the user."""
+"""The errors that speak to the user, and what others have to say."""
 
 
 class UserError(Exception):
@@ -13,3 +13,8 @@ class WorkError(Exception):
 
     The command line prints it on stderr and exits with code 1, without a traceback.
     """
+
+
+def reason(error: BaseException) -> str:
+    """The first line of what an error says; the name of its type where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

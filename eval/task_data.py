@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from eval.errors import UserError
+from eval.errors import UserError, reason
 
 
 class Documents(NamedTuple):
@@ -97,5 +97,4 @@ def _from_hub(task: str) -> list[dict[str, Any]]:
     try:
         return [_TASKS[task].row(raw) for raw in load_dataset(name, config, split=split)]
     except Exception as error:  # datasets raises many kinds; each means that it is not to be had
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"task {task}: {name} cannot be loaded ({reason}); give --task-data FOLDER") from error
+        raise UserError(f"task {task}: {name} cannot be loaded ({reason(error)}); give --task-data FOLDER") from error

@@ -21,6 +21,8 @@ from typing import Any
 from eval.errors import UserError, WorkError
 
 MANIFEST = "stage.json"
+QUANTIZATION = "quantization.json"
+"""Beside an IR: what quantisation did to each matrix."""
 CHECKPOINTS = "checkpoints"
 """The one folder of a half-made stage that its next run goes on from."""
 _PACKAGES = (

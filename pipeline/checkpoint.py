@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from eval.errors import UserError
+from eval.errors import UserError, reason
 from pipeline.model import CompactGPT2LMHeadModel, from_gpt2
 
 # A bar for each of the many small loads hides the progress that takes time.
@@ -40,8 +40,7 @@ def load_model(folder: Path, dtype: torch.dtype | str = torch.float32) -> Compac
             folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
         )
     except (SafetensorError, OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{folder}: damaged or incomplete checkpoint ({reason}); copy it again") from error
+        raise UserError(f"{folder}: damaged or incomplete checkpoint ({reason(error)}); copy it again") from error
     problems = sorted(map(str, (*info["missing_keys"], *info["mismatched_keys"])))
     if problems:
         raise UserError(

@@ -36,7 +36,10 @@ Text = Annotated[str, typer.Option(help="embedded:test, hub:DATASET[@CONFIG]:SPL
 Device = Annotated[
     str | None, typer.Option(help="cpu or cuda:0 (not for openvino); by default the GPU if there is one.")
 ]
-Precision = Annotated[str | None, typer.Option(help="fp32, fp16, bf16 or int8; by default what the folder holds.")]
+Precision = Annotated[
+    str | None,
+    typer.Option(help="fp32, fp16, bf16, int8, int4-int8 or w8a8; by default what the folder holds."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else on stdout.")]
 Track = Annotated[
     str,
@@ -351,9 +354,10 @@ def report(
     from pipeline.artifacts import disk_errors
     from pipeline.report import write_comparison, write_report
     from pipeline.runner import RESULTS
-    from plots.versus import text_table
 
     if other is not None:
+        from plots.versus import text_table
+
         with disk_errors((out or other / "page").parent):
             path, comparison = write_comparison(run_folder, other, out)
         print(f"{text_table(comparison)}\n")

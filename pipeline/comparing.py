@@ -25,8 +25,9 @@ def compare_folders(
     """
     chosen = {name: _for_each(name, given) for name, given in options.items()}
     content = load_text(text)
-    ids, other = (encode(content, load_tokenizer(model)) for model in models)
-    if not np.array_equal(ids, other):
+    encoded = {model: encode(content, load_tokenizer(model)) for model in dict.fromkeys(models)}
+    ids = encoded[models[0]]
+    if not np.array_equal(ids, encoded[models[1]]):
         raise UserError(f"{models[0]} and {models[1]}: their tokenizers cut the text otherwise; compare models of one")
     engines = [
         load_engine(engine or default_engine(model), model, device=device, precision=precision)

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, Protocol
 
-from eval.errors import UserError
+from eval.errors import UserError, reason
 from pipeline.artifacts import sha256_file
 from pipeline.texts import hub_rows
 from pipeline.wikitext import DOCUMENT_MARK
@@ -107,9 +107,8 @@ class HubRows:
             try:
                 row = next(rows, None)
             except Exception as error:  # the network, the format, the disk: datasets raises many kinds
-                reason = (str(error).splitlines() or [type(error).__name__])[0]
                 raise UserError(
-                    f"text {self.name}: breaks off ({reason}); mend it and run the same command to go on"
+                    f"text {self.name}: breaks off ({reason(error)}); mend it and run the same command to go on"
                 ) from error
             if row is None:
                 return

@@ -28,7 +28,9 @@ def estimate(recipe: Pretrain, device: str | None = None, devices: int = 1, util
         raise UserError(f"--on {name or 'nothing'}: unknown; give one of {known}, or --set peak_tflops=N as well")
     if recipe.accumulation % devices:
         raise UserError(f"--devices {devices}: accumulation {recipe.accumulation} is no multiple of it; set it to one")
-    parameters, matrices, kept = _measured(recipe)
+    with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16):
+        model = new_model(recipe)
+        parameters, matrices, kept = _measured(model, recipe.checkpointing)
     adam = 8 * parameters
     state = adam if recipe.optimizer == "adamw" else adam - 4 * matrices
     split = devices if recipe.parallel == "fsdp" else 1
@@ -40,8 +42,7 @@ def estimate(recipe: Pretrain, device: str | None = None, devices: int = 1, util
         "copies": (4 * parameters if devices > 1 and split == 1 else 0) + 2 * parameters // split,
         "activations": recipe.batch_size * kept,
     }
-    with FakeTensorMode():
-        flops = training_flops(new_model(recipe).config)
+    flops = training_flops(model.config)
     tokens = recipe.steps * recipe.batch_size * recipe.accumulation * recipe.model.n_positions
     return {
         "device": name or f"{recipe.peak_tflops:g} TFLOPS",
@@ -55,17 +56,15 @@ def estimate(recipe: Pretrain, device: str | None = None, devices: int = 1, util
     }
 
 
-def _measured(recipe: Pretrain) -> tuple[int, int, int]:
+def _measured(model: CompactGPT2LMHeadModel, checkpointing: bool) -> tuple[int, int, int]:
     """Parameters, those of them that Muon takes, and the bytes that one block keeps until the way back."""
-    with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16):
-        model = new_model(recipe)
-        if recipe.checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        matrices = sum(w.numel() for name, w in model.named_parameters() if w.ndim == 2 and ".h." in name)
-        # What does not grow with the blocks, as weights in bf16, falls out of the difference.
-        kept = _kept(model, 2) - _kept(model, 1)
-        # On the way back the logits have a gradient of their own, in FP32.
-        return model.num_parameters(), matrices, kept + 4 * recipe.model.n_positions * recipe.model.vocab_size
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    matrices = sum(w.numel() for name, w in model.named_parameters() if w.ndim == 2 and ".h." in name)
+    # What does not grow with the blocks, as weights in bf16, falls out of the difference.
+    kept = _kept(model, 2) - _kept(model, 1)
+    # On the way back the logits have a gradient of their own, in FP32.
+    return model.num_parameters(), matrices, kept + 4 * model.config.n_positions * model.config.vocab_size
 
 
 def _kept(model: CompactGPT2LMHeadModel, blocks: int) -> int:

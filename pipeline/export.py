@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from eval.errors import UserError, WorkError
+from eval.errors import UserError, WorkError, reason
 from eval.results import Results, load_results, save_json
 from pipeline import __version__
 from pipeline.artifacts import Manifest, RunFolder, disk_errors, replace_folder, sha256_tree, sync
@@ -93,9 +93,8 @@ def upload(folder: Path, repo: str, *, public: bool = False) -> str:
         commit = api.upload_folder(repo_id=repo, folder_path=folder, commit_message=f"Headroom {__version__} export")
         return commit.commit_url
     except Exception as error:  # no token, no permission, no network, a server's refusal: many types
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise WorkError(
-            f"{repo}: not uploaded ({reason}); {folder} is whole: mend that, then run again with --force"
+            f"{repo}: not uploaded ({reason(error)}); {folder} is whole: mend that, then run again with --force"
         ) from error
 
 

@@ -5,15 +5,15 @@ import logging
 import multiprocessing
 import os
 import sys
-import threading
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from eval.errors import UserError, WorkError
+from eval.errors import UserError, WorkError, reason
 from pipeline import hardware
+from pipeline.children import end_with_parent
 
 LOG = "log.txt"
 
@@ -62,7 +62,7 @@ def work(task: Task) -> str | None:
             return str(error)
         except Exception as error:  # whatever it is, the other points go on
             traceback.print_exc()
-            return f"{type(error).__name__}: {str(error).partition(chr(10))[0]} (see {task.folder / LOG})"
+            return f"{type(error).__name__}: {reason(error)} (see {task.folder / LOG})"
     return None
 
 
@@ -116,14 +116,7 @@ class Local:
 
 
 def _report(task: Task, answer: Any) -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def end_with_parent() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    end_with_parent()
     with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C reaches all; the parent says so
         answer.send(work(task))
 
@@ -148,9 +141,7 @@ class Ray:
         try:
             ray.init(**own, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, RuntimeError) as error:
-            raise UserError(
-                f"--launcher ray: no cluster at RAY_ADDRESS ({str(error).partition(chr(10))[0]})"
-            ) from error
+            raise UserError(f"--launcher ray: no cluster at RAY_ADDRESS ({reason(error)})") from error
         # One GPU a task: two trainings on one would have to share its memory.
         self.remote = ray.remote(num_cpus=1, num_gpus=1 if hardware.gpu() else 0, max_retries=0)(work)
 
@@ -158,7 +149,7 @@ class Ray:
         try:
             return self.ray.get(self.remote.remote(task))
         except self.ray.exceptions.RayError as error:
-            return f"Ray: {str(error).partition(chr(10))[0]} (see {task.folder / LOG})"
+            return f"Ray: {reason(error)} (see {task.folder / LOG})"
 
     def stop(self) -> None:
         self.ray.shutdown()

@@ -30,7 +30,7 @@ from eval.results import (
 )
 from eval.task_data import Documents, load_documents
 from pipeline import hardware
-from pipeline.artifacts import Manifest, RunFolder, fingerprint, tree_bytes, versions
+from pipeline.artifacts import QUANTIZATION, Manifest, RunFolder, fingerprint, tree_bytes, versions
 from pipeline.data import encode, sha256_text
 from pipeline.engines import load_engine
 from pipeline.engines.cuda import why_not as why_no_kernels
@@ -40,7 +40,6 @@ from pipeline.texts import load_text
 from pipeline.tokenizer import load_tokenizer
 
 VERSION = 1
-QUANTIZATION = "quantization.json"
 
 
 @dataclass(frozen=True)

@@ -5,46 +5,30 @@ written is forced onto the disk, and then one transaction of `state.db` says how
 """
 
 import contextlib
-import hashlib
 import json
 import shutil
-import sqlite3
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from eval.errors import UserError
 from eval.results import save_json
 from pipeline.artifacts import RunFolder, disk_errors, replace_folder, sha256_file
 from pipeline.corpus import Source, sources
+from pipeline.journal import DUPLICATE, FATES, KEPT, SPLITS, STATE, Journal, State, check_same, damaged
 from pipeline.shards import MOST_TOKENS, Shard, ShardWriter, find_shards, open_shard
 from pipeline.tokenizer import load_tokenizer
 from pipeline.tokenizing import BAD_ENCODING, EMPTY, Style, encoded
 from pipeline.wikitext import DOCUMENT_MARK
 
-MANIFEST, STATE = "manifest.json", "state.db"
+MANIFEST = "manifest.json"
 TOKENIZER, TOKENIZER_FILE = "tokenizer", "tokenizer.json"
 BATCH_BYTES = 1 << 20
 """Text a process is given at a time, and at most lost by a kill for each that works or waits."""
-SPLITS = ("train", "val")
-KEPT, DUPLICATE = "kept", "duplicates"
-FATES = (KEPT, DUPLICATE, EMPTY, BAD_ENCODING)
-"""What becomes of documents, each of one."""
 _REPORT_SECONDS = 5.0
-
-
-@dataclass
-class State:
-    """How far a preparation is."""
-
-    source: int = 0
-    position: Any = None
-    """Of the source being read; `None`: at its beginning."""
-    kept: int = 0
-    tokens: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
 
 
 def prepare(
@@ -80,11 +64,12 @@ def prepare(
         manifest = read_manifest(out)
         if manifest is not None:
             (out / STATE).unlink(missing_ok=True)  # a kill may have come before it went
-            _same(choices, manifest | {"inputs": [_only(given, "name", "sha256") for given in manifest["inputs"]]}, out)
+            begun = manifest | {"inputs": [_only(given, "name", "sha256") for given in manifest["inputs"]]}
+            check_same(choices, begun, out)
             for split in SPLITS:
                 prepared_shards(out, split)  # which says so if one was damaged since
         else:
-            with contextlib.closing(_Journal(out, choices)) as journal:
+            with contextlib.closing(Journal(out, choices)) as journal:
                 replace_folder(partial, out / TOKENIZER)
                 _write(corpus, journal, out, choices, workers)
                 manifest = _manifest(choices, journal, out)
@@ -98,11 +83,11 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     path = folder / MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        return manifest if {"inputs", "tokenizer", "style", "shards"} <= manifest.keys() else _damaged(path)
+        return manifest if {"inputs", "tokenizer", "style", "shards"} <= manifest.keys() else damaged(path)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, AttributeError):
-        return _damaged(path)
+        return damaged(path)
 
 
 def prepared_shards(folder: Path, split: str) -> list[Shard]:
@@ -118,18 +103,8 @@ def prepared_shards(folder: Path, split: str) -> list[Shard]:
     return [open_shard(folder / shard["file"]) for shard in manifest["shards"] if shard["split"] == split]
 
 
-def _damaged(path: Path) -> NoReturn:
-    raise UserError(f"{path}: damaged; delete the folder and prepare it again")
-
-
 def _only(mapping: dict[str, Any], *keys: str) -> dict[str, Any]:
     return {key: mapping.get(key) for key in keys}
-
-
-def _same(choices: dict[str, Any], begun: dict[str, Any], out: Path) -> None:
-    for key, value in choices.items():
-        if begun.get(key) != value:
-            raise UserError(f"{out}: holds shards made with other {key}; give another --out or delete it")
 
 
 def _save_tokenizer(source: Path, folder: Path) -> dict[str, Any]:
@@ -147,66 +122,6 @@ def _save_tokenizer(source: Path, folder: Path) -> dict[str, Any]:
         "vocab_size": len(tokenizer),
         "end_of_text": tokenizer.eos_token_id,
     }
-
-
-class _Journal:
-    """`state.db`: the choices, how far the work is, what became of each source, and the documents seen.
-
-    All on disk, so that no corpus is too large to remember.
-    """
-
-    def __init__(self, out: Path, choices: dict[str, Any]):
-        path = out / STATE
-        if not path.exists() and next(out.glob("*.bin"), None):
-            raise UserError(f"{out}: holds shards of another origin; give another --out")
-        self.database = sqlite3.connect(path)
-        try:
-            self.database.execute("CREATE TABLE IF NOT EXISTS seen (digest BLOB PRIMARY KEY) WITHOUT ROWID")
-            self.database.execute("CREATE TABLE IF NOT EXISTS state (choices TEXT, state TEXT)")
-            columns = ", ".join(f"{fate} INTEGER DEFAULT 0" for fate in FATES)
-            self.database.execute(
-                f"CREATE TABLE IF NOT EXISTS sources (number INTEGER PRIMARY KEY, chain BLOB DEFAULT x'', {columns})"
-            )
-            row = self.database.execute("SELECT choices, state FROM state").fetchone()
-        except sqlite3.DatabaseError:
-            _damaged(path)
-        if row is None:
-            self.state = State()
-            self.database.execute("INSERT INTO state VALUES (?, ?)", (json.dumps(choices), ""))
-            numbers = ((number,) for number in range(len(choices["inputs"])))
-            self.database.executemany("INSERT INTO sources (number) VALUES (?)", numbers)
-            self.commit()
-        else:
-            _same(choices, json.loads(row[0]), out)
-            self.state = State(**json.loads(row[1]))
-
-    def is_new(self, digest: bytes) -> bool:
-        """Whether a document was not yet seen; it is from now on. Half a sha256 tells documents apart."""
-        return self.database.execute("INSERT OR IGNORE INTO seen VALUES (?)", (digest[:16],)).rowcount == 1
-
-    def count(self, source: int, fate: str) -> None:
-        """One more document of a source met this fate."""
-        self.database.execute(f"UPDATE sources SET {fate} = {fate} + 1 WHERE number = ?", (source,))
-
-    def chain(self, source: int, digest: bytes) -> None:
-        """Hash a source's next document into the hash of those before: what stands for its sha256 if it has none."""
-        (before,) = self.database.execute("SELECT chain FROM sources WHERE number = ?", (source,)).fetchone()
-        after = hashlib.sha256(before + digest).digest()
-        self.database.execute("UPDATE sources SET chain = ? WHERE number = ?", (after, source))
-
-    def outcome(self) -> Iterator[tuple[str, dict[str, int]]]:
-        """Of each source its chain in hex and the count of each fate."""
-        for chain, *counts in self.database.execute(f"SELECT chain, {', '.join(FATES)} FROM sources ORDER BY number"):
-            yield chain.hex(), dict(zip(FATES, counts, strict=True))
-
-    def commit(self) -> None:
-        """From here a cut-off work goes on."""
-        self.database.execute("UPDATE state SET state = ?", (json.dumps(asdict(self.state)),))
-        self.database.commit()
-
-    def close(self) -> None:
-        """Drop what was not committed."""
-        self.database.close()
 
 
 @dataclass
@@ -237,7 +152,7 @@ def _batches(corpus: Sequence[Source], first: int, position: Any) -> Iterator[tu
         yield mark, batch
 
 
-def _write(corpus: Sequence[Source], journal: _Journal, out: Path, choices: dict[str, Any], workers: int) -> None:
+def _write(corpus: Sequence[Source], journal: Journal, out: Path, choices: dict[str, Any], workers: int) -> None:
     state, limit, every = journal.state, choices["shard_tokens"], choices["validation_every"]
     writers = {split: ShardWriter(out, split, limit, tokens) for split, tokens in state.tokens.items()}
     progress = _Progress(len(corpus), state)
@@ -292,7 +207,7 @@ class _Progress:
             )
 
 
-def _manifest(choices: dict[str, Any], journal: _Journal, out: Path) -> dict[str, Any]:
+def _manifest(choices: dict[str, Any], journal: Journal, out: Path) -> dict[str, Any]:
     state, inputs = journal.state, []
     for given, (chain, fates) in zip(choices["inputs"], journal.outcome(), strict=True):
         content = {} if given["sha256"] else {"documents_sha256": chain}

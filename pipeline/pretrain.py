@@ -99,17 +99,9 @@ def _pretrain(recipe: Pretrain, files: Sequence[Path], out: Path, validation_tex
 
 def new_model(recipe: Pretrain, end: int | None = None) -> CompactGPT2LMHeadModel:
     """The recipe's shape with random weights; `end` is the end-of-text token."""
-    shape = recipe.model
-    model = CompactGPT2LMHeadModel(
-        shape.config(
-            resid_pdrop=0.0,
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
-            bos_token_id=end,
-            eos_token_id=end,
-        )
+    return CompactGPT2LMHeadModel(
+        recipe.model.config(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=end, eos_token_id=end)
     )
-    return model
 
 
 def _trainer(

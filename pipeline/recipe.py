@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar, get_ar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from eval.errors import UserError
+from eval.errors import UserError, reason
 
 if TYPE_CHECKING:
     from pipeline.model import CompactGPT2Config
@@ -266,7 +266,7 @@ def load_recipe(kind: type[R], name: str | Path, overrides: Iterable[str] = ()) 
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"recipe {path}: no readable YAML ({str(error).splitlines()[0]})") from error
+        raise UserError(f"recipe {path}: no readable YAML ({reason(error)})") from error
     if not isinstance(raw, dict):
         raise UserError(f"recipe {path}: holds {type(raw).__name__}; a mapping of keys is needed")
     for override in overrides:

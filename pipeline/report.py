@@ -12,7 +12,7 @@ from eval.results import Results, load_results, save_text
 from plots import FIGURES, agreement, findings, quality, quantization, tasks, tradeoff, versus
 from plots.numbers import NONE
 from plots.rows import by_kind, count, measured
-from plots.table import COLUMNS, legend, lines, markdown, markdown_table
+from plots.table import COLUMNS, legend, lines, markdown, markdown_line, markdown_table
 from plots.table import text_table as table
 
 __all__ = ["markdown_table", "table", "templates", "write_comparison", "write_report"]
@@ -221,7 +221,7 @@ def flat(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
 
 def _rows(lines: Sequence[Sequence[str]], columns: Sequence[str]) -> str:
     """A Markdown table."""
-    return "\n".join(f"| {' | '.join(map(markdown, line))} |" for line in (columns, ["---"] * len(columns), *lines))
+    return "\n".join(markdown_line(map(markdown, line)) for line in (columns, ["---"] * len(columns), *lines))
 
 
 def fence(text: str, language: str = "") -> str:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from eval.errors import UserError
+from eval.errors import UserError, reason
 from pipeline.data import read_text
 from pipeline.wikitext import join_rows
 
@@ -52,8 +52,9 @@ def hub_rows(source: str, *, streaming: bool = False) -> Any:
     try:
         return load_dataset(dataset, config or None, split=split, streaming=streaming)
     except Exception as error:  # datasets raises many kinds; each means that the text is not to be had
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"text {source}: cannot be loaded ({reason}); give a file or embedded:SPLIT instead") from error
+        raise UserError(
+            f"text {source}: cannot be loaded ({reason(error)}); give a file or embedded:SPLIT instead"
+        ) from error
 
 
 def _hub_text(source: str) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 import transformers
 from transformers import PreTrainedTokenizerBase
 
-from eval.errors import UserError
+from eval.errors import UserError, reason
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -15,8 +15,9 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     try:
         return _class(folder).from_pretrained(folder, local_files_only=True)
     except Exception as error:  # tokenizers raises bare Exception for a damaged file
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{folder}: no usable tokenizer ({reason}); give a folder with tokenizer.json") from error
+        raise UserError(
+            f"{folder}: no usable tokenizer ({reason(error)}); give a folder with tokenizer.json"
+        ) from error
 
 
 def _class(folder: Path) -> Any:

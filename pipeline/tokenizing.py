@@ -7,17 +7,17 @@ import hashlib
 import multiprocessing
 import os
 import signal
-import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 from tokenizers import Tokenizer
 
 from eval.errors import WorkError
+from pipeline.children import end_with_parent
 from pipeline.wikitext import DOCUMENT_MARK, styled_documents
 
 EMPTY, BAD_ENCODING = "empty", "bad_encodings"
@@ -60,13 +60,7 @@ def encoded(
 
 def _start(tokenizer: str, end: int, style: Style) -> None:
     global _worker
-    parent: Any = multiprocessing.parent_process()
-
-    def end_with_parent() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent says so
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     loaded = Tokenizer.from_str(tokenizer)

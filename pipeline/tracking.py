@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
-from eval.errors import UserError, WorkError
+from eval.errors import UserError, WorkError, reason
 from eval.results import Results
 from pipeline.training import is_main_process
 
@@ -83,8 +83,7 @@ def _mlflow_run(name: str) -> Iterator[Any]:
         with mlflow.start_run(run_name=name):
             yield mlflow
     except mlflow.exceptions.MlflowException as error:
-        reason = str(error).partition("\n")[0]
-        raise WorkError(f"--track mlflow: {reason}; mend that, or go on without --track") from error
+        raise WorkError(f"--track mlflow: {reason(error)}; mend that, or go on without --track") from error
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from eval.results import Agreement, Results, Row
 from plots import style
 from plots.numbers import share, tiny
-from plots.rows import count, fp32_ir, int8_row, label, labels
+from plots.rows import codes, count, fp32_ir, int8_row, label, labels
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -58,7 +58,7 @@ def _row(key: str) -> Row:
 
 
 def _int8(results: Results, found: Agreement) -> str:
-    """One sentence: whether INT8 says what its FP32 IR says."""
+    """One sentence: whether the quantised row says what its FP32 IR says."""
     row = int8_row(results)
     base = fp32_ir(results, row, lambda r: r.quality) if row else None
     if row is None or base is None or not {row.key, base.key} <= set(found.rows):
@@ -66,7 +66,7 @@ def _int8(results: Results, found: Agreement) -> str:
     a, b = found.rows.index(base.key), found.rows.index(row.key)
     whole = sum(shared is None for shared in found.diverged[a][b])
     return (
-        f"INT8 holds the same token for the likeliest as its FP32 IR at {share(found.top1[a][b])} of "
+        f"{codes(row)} holds the same token for the likeliest as its FP32 IR at {share(found.top1[a][b])} of "
         f"{count(found.tokens, 'position')} and loses {tiny(found.kl[a][b])} nats a token by KL divergence; "
         f"{whole} of {count(len(found.diverged[a][b]), 'greedy continuation')} of "
         f"{count(found.new_tokens, 'token')} are the same throughout. "

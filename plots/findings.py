@@ -9,6 +9,7 @@ from plots.pairs import finetuned_pair, int8_pair, quality_pair, step_before, un
 from plots.rows import (
     apart,
     by_kind,
+    codes,
     count,
     fp32_ir,
     int8_row,
@@ -93,20 +94,14 @@ def _cost_of_pruning(results: Results) -> str:
 
 
 def _cost_of_int8(results: Results) -> str:
-    pair = int8_pair(results)
-    if pair is None:
+    row, pair = int8_row(results), int8_pair(results)
+    if row is None or pair is None:
         return (
             "what quantisation cost is not known, for its row and the FP32 IR were not both measured on the same text"
         )
-    ours, base = (row.perplexity for row in pair)
+    ours, base = (quality.perplexity for quality in pair)
     numbers = f"({perplexity(ours)} against {perplexity(base)})"
-    return f"{_codes(results)} changed it by {change(ours, base)} against its FP32 IR {numbers}"
-
-
-def _codes(results: Results) -> str:
-    """What the quantised row holds: `INT8`, `INT4-INT8`."""
-    row = int8_row(results)
-    return row.precision.upper() if row else "INT8"
+    return f"{codes(row)} changed it by {change(ours, base)} against its FP32 IR {numbers}"
 
 
 def shortfalls(results: Results) -> str:
@@ -169,21 +164,20 @@ def _disturbed(row: Row) -> bool | None:
 
 def _missed_aims(results: Results) -> list[str]:
     found = []
+    row = int8_row(results)
+    held = codes(row) if row else ""
     aims = (
         ("Pruned and fine-tuned, the model's perplexity", "the control arm's", finetuned_pair(results), FINETUNE_AIM),
-        (f"{_codes(results)} perplexity", "its FP32 IR's", int8_pair(results), INT8_AIM),
+        (f"{held} perplexity", "its FP32 IR's", int8_pair(results), INT8_AIM),
     )
     for what, whose, pair, aim in aims:
         if pair and pair[0].perplexity > aim * pair[1].perplexity:
             ratio = pair[0].perplexity / pair[1].perplexity
             found.append(f"An aim was missed: {what} is {ratio:.4f} × {whose}, above {aim}.")
-    row = int8_row(results)
     ir = fp32_ir(results, row, lambda r: r.bytes_on_disk) if row else None
     if row and ir and row.bytes_on_disk and ir.bytes_on_disk and row.bytes_on_disk > INT8_SIZE_AIM * ir.bytes_on_disk:
         ratio = row.bytes_on_disk / ir.bytes_on_disk
-        found.append(
-            f"An aim was missed: {_codes(results)} on disk is {ratio:.4f} × its FP32 IR, above {INT8_SIZE_AIM}."
-        )
+        found.append(f"An aim was missed: {held} on disk is {ratio:.4f} × its FP32 IR, above {INT8_SIZE_AIM}.")
     return found
 
 

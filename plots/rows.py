@@ -58,6 +58,11 @@ def fp32_ir(results: Results, row: Row, value: Callable[[Row], object]) -> Row |
     return next((other for other in measured(results, value) if (other.stage, *_place(other)) == wanted), None)
 
 
+def codes(row: Row) -> str:
+    """What a quantised row holds: `INT8`, `INT4-INT8`."""
+    return row.precision.upper()
+
+
 def int8_row(results: Results) -> Row | None:
     """The measured INT8 row of the chain."""
     rows = measured(results, lambda row: row.quality or row.latency or row.bytes_on_disk)

@@ -39,13 +39,7 @@ def text(lines: Sequence[tuple[str, ...]]) -> str:
     full = [line for line in lines if len(line) == len(lines[0])]
     widths = [max(map(len, column)) for column in zip(*full, strict=True)]
     first = len(lines[0]) - len(cells.COLUMNS) + 1  # the choices and the row's name stand to the left
-    out = []
-    for line in lines:
-        padded = [
-            cell.ljust(width) if index < first else cell.rjust(width)
-            for index, (cell, width) in enumerate(zip(line, widths, strict=False))
-        ]
-        out.append("  ".join(padded).rstrip())
+    out = [cells.aligned(line, widths, first) for line in lines]
     return "\n".join((out[0], "-" * len(out[0]), *out[1:]))
 
 
@@ -54,7 +48,7 @@ def markdown(lines: Sequence[tuple[str, ...]]) -> str:
     width = len(lines[0])
     rule = ["---"] * (width - len(cells.COLUMNS) + 1) + ["---:"] * (len(cells.COLUMNS) - 1)
     padded = [[cells.markdown(cell) for cell in line] + [""] * (width - len(line)) for line in lines]
-    return "\n".join(f"| {' | '.join(line)} |" for line in (padded[0], rule, *padded[1:]))
+    return "\n".join(map(cells.markdown_line, (padded[0], rule, *padded[1:])))
 
 
 def draw(points: Sequence[tuple[Choices, Results]]) -> "Figure | None":

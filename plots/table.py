@@ -1,6 +1,7 @@
 """The table of all rows: as text for a terminal, as Markdown, and as cells for any other form."""
 
 import textwrap
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from eval.results import Results, Row, Timing
@@ -68,37 +69,39 @@ def text_table(results: Results) -> str:
     """An aligned table of at most about 120 columns; a row that was not measured shows its reason."""
     table = lines(results)
     names = [" ".join(filter(None, (line.cells[0], MARKS.get(line.row.role, "")))) for line in table]
-    first = max(len(text) for text in (*names, COLUMNS[0]))
-    widths = [
-        max(len(text) for text in column) for column in zip(COLUMNS, *(line.cells for line in table), strict=True)
-    ]
-    out = [_aligned(COLUMNS, first, widths)]
+    cells = [(name, *line.cells[1:]) for name, line in zip(names, table, strict=True)]
+    widths = [max(map(len, column)) for column in zip(COLUMNS, *cells, strict=True)]
+    out = [aligned(COLUMNS, widths)]
     out.append("-" * len(out[0]))
-    for name, line in zip(names, table, strict=True):
+    for texts, line in zip(cells, table, strict=True):
         if line.row.skipped is None:
-            out.append(_aligned((name, *line.cells[1:]), first, widths))
+            out.append(aligned(texts, widths))
         else:
-            start = _aligned((name, *line.cells[1:3]), first, widths)
+            start = aligned(texts[:3], widths)
             reason = " ".join(line.row.skipped.split())
             out.append(f"{start}  {textwrap.shorten(reason, _WIDTH - len(start) - 2, placeholder=' …')}")
     return "\n".join((*out, "", *legend(results)))
 
 
-def _aligned(cells: tuple[str, ...], first: int, widths: list[int]) -> str:
-    numbers = (cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=False))
-    return "  ".join((cells[0].ljust(first), *numbers))
+def aligned(cells: Sequence[str], widths: Sequence[int], left: int = 1) -> str:
+    """A line of a table: the first `left` cells flush left, the others flush right. Cells may end before the widths."""
+    padded = (
+        cell.ljust(width) if index < left else cell.rjust(width)
+        for index, (cell, width) in enumerate(zip(cells, widths, strict=False))
+    )
+    return "  ".join(padded).rstrip()
 
 
 def markdown_table(results: Results) -> str:
     """The same in Markdown, with the 95 % intervals and a last column of notes."""
     heads = (*COLUMNS, "note")
-    out = [_markdown_line(heads), _markdown_line(("---", *["---:"] * (len(COLUMNS) - 1), "---"))]
+    out = [markdown_line(heads), markdown_line(("---", *["---:"] * (len(COLUMNS) - 1), "---"))]
     for line in lines(results):
         cells = [
             f"{markdown(cell)} ({between})" if between else markdown(cell)
             for cell, between in zip(line.cells, line.intervals, strict=True)
         ]
-        out.append(_markdown_line((*cells, markdown(note(line.row)))))
+        out.append(markdown_line((*cells, markdown(note(line.row)))))
     return "\n".join(out)
 
 
@@ -110,7 +113,8 @@ def note(row: Row) -> str:
     return "; ".join(parts)
 
 
-def _markdown_line(cells: tuple[str, ...]) -> str:
+def markdown_line(cells: Iterable[str]) -> str:
+    """A line of a table in Markdown; the cells are Markdown already."""
     return f"| {' | '.join(cells)} |"
 
 

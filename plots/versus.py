@@ -9,6 +9,7 @@ from eval.statistics import Ratio, ratio
 from plots import style
 from plots.numbers import NONE, megabytes, milliseconds, perplexity, significant
 from plots.rows import by_kind, count, label, labels, same_text
+from plots.table import aligned
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -250,10 +251,7 @@ def text_table(comparison: Comparison) -> str:
     found = {(table.title, label(line.row)): line.ratio for table in comparison.tables for line in table.lines}
     heads = [table.title for table in comparison.tables]
     names = [head.partition(" (")[0] for head in heads]
-    first = max(map(len, ("B/A", *rows)))
-    out = ["  ".join(("B/A".ljust(first), *names))]
-    out.append("-" * len(out[0]))
-    for row in rows:
-        cells = (found.get((head, row), NONE).rjust(len(name)) for head, name in zip(heads, names, strict=True))
-        out.append("  ".join((row.ljust(first), *cells)))
-    return "\n".join(out)
+    widths = [max(map(len, ("B/A", *rows))), *map(len, names)]
+    head = aligned(("B/A", *names), widths)
+    lines = (aligned((row, *(found.get((title, row), NONE) for title in heads)), widths) for row in rows)
+    return "\n".join((head, "-" * len(head), *lines))

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from browser import CHROMIUM, Browser
 from prose import prose
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
@@ -46,6 +47,17 @@ def _one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
         torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    """A Chromium without scrollbars; where there is none, the test is skipped."""
+    if CHROMIUM is None:
+        pytest.skip("needs chromium")
+    opened = Browser(tmp_path_factory.mktemp("profile"))
+    opened.call("Emulation.setScrollbarsHidden", hidden=True)
+    yield opened
+    opened.close()
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """What a loaded subject can do; a peer's process imports nothing heavier than this and its own library."""
 
 import time
+from abc import ABC, abstractmethod
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -33,16 +34,16 @@ class Runner(Protocol):
         ...
 
 
-class Stepwise:
+class Stepwise(ABC):
     """`generate` for engines that are asked token by token."""
 
+    @abstractmethod
     def prefill(self, ids: np.ndarray) -> np.ndarray:
         """Forget the past, read `[batch, length]`; the last position's logits, `[batch, vocab]`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def decode(self, tokens: np.ndarray) -> np.ndarray:
         """Append `[batch]` tokens; the next ones' logits, `[batch, vocab]`."""
-        raise NotImplementedError
 
     def generate(self, ids: np.ndarray, count: int) -> Generated:
         """See `Runner`."""

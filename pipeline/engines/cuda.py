@@ -8,19 +8,19 @@ import torch
 import cuda_ext
 from cuda_ext import CudaExtError, Engine, ops
 from cuda_ext.packing import Packed, pack
-from eval.errors import UserError
+from eval.errors import UserError, reason
 from pipeline import hardware
 
 
 def why_not() -> str | None:
     """Why the engine cannot run on this machine's GPU, in one phrase; None where it can. Compiles it if need be."""
-    reason = hardware.why_no_gpu() or cuda_ext.why_not()
-    if reason is None:
+    missing = hardware.why_no_gpu() or cuda_ext.why_not()
+    if missing is None:
         try:
             ops.library("cuda")
         except CudaExtError as error:
-            reason = str(error).splitlines()[0]
-    return reason
+            missing = reason(error)
+    return missing
 
 
 class CudaEngine:

@@ -52,10 +52,10 @@ class OpenVINOEngine:
         self.context = context
         self.vocab_size = vocab_size
         self._compile = compile_ir
-        self._compiled = compile_ir(counting)
-        self.compute = ", ".join(f"{key}={_text(self._compiled.get_property(key))}" for key in _STATED)
-        self._request = PagedRequest(self._compiled)
-        self._all_positions = PagedRequest(self._compiled)
+        compiled = compile_ir(counting)
+        self.compute = ", ".join(f"{key}={_text(compiled.get_property(key))}" for key in _STATED)
+        self._request = PagedRequest(compiled)
+        self._all_positions = PagedRequest(compiled)
         self._past = 0
         self._steps = self._steps_told = 0
         self._told: dict[str, float] = {}

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from browser import Browser
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from eval.errors import UserError, WorkError
@@ -32,7 +33,10 @@ from pipeline.model import CompactGPT2Config, CompactGPT2LMHeadModel
 KEPT = [[0, 2, 4], [0, 1, 2, 3, 4], [3]]
 LAYERS, PROMPT, NEW = len(KEPT), 19, 4
 NAME = "pruned-tiny"
-CHROMIUM = shutil.which("chromium")
+TEXT = """(body => {
+  body.querySelectorAll("script, style").forEach(node => node.remove());
+  return body.textContent;
+})(document.body.cloneNode(true))"""
 
 
 def tiny_model(kept_heads: list[list[int]]) -> CompactGPT2LMHeadModel:
@@ -356,7 +360,6 @@ def test_profiler_tab_opens_both_traces(tensorboard: str, logdir: Path) -> None:
         assert calls["aten::scaled_dot_product_attention"] == steps * LAYERS
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
 @pytest.mark.parametrize(
     ("page", "shown"),
     [
@@ -366,19 +369,7 @@ def test_profiler_tab_opens_both_traces(tensorboard: str, logdir: Path) -> None:
     ],
     ids=["profiler", "scalars"],
 )
-def test_browser_shows_the_run(tensorboard: str, tmp_path: Path, page: str, shown: list[str]) -> None:
-    seen = browse(f"{tensorboard}/{page}", tmp_path)
+def test_browser_shows_the_run(tensorboard: str, browser: Browser, page: str, shown: list[str]) -> None:
+    browser.open(f"{tensorboard}/{page}")
     for words in shown:
-        assert words in seen
-
-
-def browse(url: str, user_data: Path) -> str:
-    """The text of a page once its scripts have run."""
-    assert CHROMIUM
-    # No name resolves: the pages ask for a charts library and fonts on the net, and must do without.
-    quiet = ["--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1", "--disable-quic", "--disable-sync"]
-    quiet += ["--disable-background-networking", "--disable-component-update", "--no-first-run"]
-    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", *quiet, f"--user-data-dir={user_data}"]
-    command += ["--virtual-time-budget=5000", "--window-size=1400,900", "--dump-dom", url]
-    dom = subprocess.run(command, capture_output=True, text=True, timeout=240, check=True).stdout
-    return re.sub(r"<(script|style).*?</\1>|<[^>]*>", "", dom, flags=re.DOTALL)
+        wait_for(lambda words=words: words in browser.ask(TEXT))

@@ -17,6 +17,7 @@ from prose import prose
 from eval.errors import UserError
 from pipeline import prepare as module
 from pipeline.artifacts import sha256_file, sha256_tree
+from pipeline.journal import FATES, Journal
 from pipeline.prepare import prepare
 from pipeline.shards import find_shards
 from pipeline.wikitext import styled_documents
@@ -90,8 +91,8 @@ def test_what_the_shards_hold(corpus: Path, tokenizer: Path, tiny_tokenizer: Any
     wanted = {"a.txt": (24, 20, 2, 2, 0), "b.txt.xz": (33, 30, 3, 0, 0), "c.txt": (14, 11, 0, 0, 3)}
     for given, (name, counts) in zip(manifest["inputs"], wanted.items(), strict=True):
         assert given["name"] == str(corpus / name) and given["sha256"] == sha256_file(corpus / name)
-        assert tuple(given[key] for key in ("documents", *module.FATES)) == counts
-    assert tuple(manifest[key] for key in ("documents", *module.FATES)) == (71, len(KEPT), 5, 2, 3)
+        assert tuple(given[key] for key in ("documents", *FATES)) == counts
+    assert tuple(manifest[key] for key in ("documents", *FATES)) == (71, len(KEPT), 5, 2, 3)
     assert manifest["tokens"] == len(tokens(out, "train")) + len(tokens(out, "val"))
     assert manifest["tokenizer"]["sha256"] == sha256_file(out / "tokenizer" / "tokenizer.json")
     assert not (out / "state.db").exists()
@@ -138,7 +139,7 @@ def test_broken_off_around_each_commit(
     """Before and after a commit, with shards beginning and ending in between."""
     monkeypatch.setattr(module, "BATCH_BYTES", 300)
     make(corpus, tmp_path / "whole", tokenizer)
-    commit: Callable[[Any], None] = module._Journal.commit
+    commit: Callable[[Any], None] = Journal.commit
     out = tmp_path / "out"
     for stop in range(2, 8):
         left = stop
@@ -152,10 +153,10 @@ def test_broken_off_around_each_commit(
             if left == 0:
                 raise KeyboardInterrupt
 
-        monkeypatch.setattr(module._Journal, "commit", broken)
+        monkeypatch.setattr(Journal, "commit", broken)
         with pytest.raises(KeyboardInterrupt):
             make(corpus, out, tokenizer)
-    monkeypatch.setattr(module._Journal, "commit", commit)
+    monkeypatch.setattr(Journal, "commit", commit)
     make(corpus, out, tokenizer, workers=2)
     assert contents(out) == contents(tmp_path / "whole")
 
@@ -175,14 +176,14 @@ def test_a_streamed_dataset_resumes_too(
     (given,) = whole["inputs"]
     assert (given["documents"], given["duplicates"], given["empty"]) == (36, 2, 3)
     assert given["sha256"] is None and len(given["documents_sha256"]) == 64
-    commits, commit = iter(range(99)), module._Journal.commit
+    commits, commit = iter(range(99)), Journal.commit
 
     def broken(journal: Any) -> None:
         commit(journal)
         if next(commits) == 4:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(module._Journal, "commit", broken)
+    monkeypatch.setattr(Journal, "commit", broken)
     with pytest.raises(KeyboardInterrupt):
         make(inputs, tmp_path / "out", tokenizer, validation_every=0)
     assert make(inputs, tmp_path / "out", tokenizer, validation_every=0) == whole
@@ -192,7 +193,7 @@ def test_a_streamed_dataset_resumes_too(
 def test_small_files_share_a_batch(tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "BATCH_BYTES", 1 << 20)
     commits: list[int] = []
-    monkeypatch.setattr(module._Journal, "commit", lambda journal: commits.append(journal.state.kept))
+    monkeypatch.setattr(Journal, "commit", lambda journal: commits.append(journal.state.kept))
     folder = tmp_path / "files"
     folder.mkdir()
     for number, document in enumerate(DOCUMENTS):

@@ -18,6 +18,7 @@ from eval.results import save_results
 from pipeline import report
 from plots import FIGURES, agreement, quantization, tasks
 from plots.rows import label
+from plots.table import markdown
 
 
 def written(folder: Path, results) -> tuple[str, str]:
@@ -66,30 +67,32 @@ def test_every_row_stands_in_the_table(full):
     assert "5.08 to 5.23" in prose(body[0])
 
 
-def test_agreement_stands_in_a_table_of_its_own(full):
+@pytest.mark.parametrize(
+    ("part", "words", "heading"),
+    [
+        (agreement, agreement.against_first(sample.full()), "Do they say the same?"),
+        (quantization, quantization.by_layer(sample.full()), "What quantisation did"),
+    ],
+    ids=["agreement", "quantization"],
+)
+def test_agreement_and_quantisation_stand_in_tables_of_their_own(full, part, words, heading):
     _, html, text = full
     root = parse(html)
-    words = agreement.against_first(sample.full())
-    lines = root.findall(".//table[@class='agreement']/tbody/tr")
+    name = part.__name__.removeprefix("plots.")
+    lines = root.findall(f".//table[@class='{name}']/tbody/tr")
     assert [tuple(cell.text for cell in line) for line in lines] == words.lines
     assert words.summary in prose(root) and words.note in prose(root)
-    markdown = text.partition("## Do they say the same?")[2].partition("## What")[0]
-    cells = [line.strip("|").split("|") for line in markdown.splitlines() if line.startswith("|")]
-    assert {len(line) for line in cells} == {len(agreement.COLUMNS)}
-    assert [cell.strip() for cell in cells[2]] == list(words.lines[0])
-    assert "Do they say the same?" not in "".join(written(full[0].parent, sample.single()))
+    section = text.partition(f"## {heading}")[2].partition("\n## ")[0]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if line[:1] == "|"]
+    assert {len(line) for line in cells} == {len(part.COLUMNS)}
+    assert cells[2] == list(map(markdown, words.lines[0]))
+    assert heading not in "".join(written(full[0].parent, sample.single()))
 
 
-def test_quantisation_stands_in_a_table_of_its_own(full):
-    _, html, text = full
-    root = parse(html)
+def test_the_words_on_quantisation():
     words = quantization.by_layer(sample.full())
-    lines = root.findall(".//table[@class='quantization']/tbody/tr")
-    assert [tuple(cell.text for cell in line) for line in lines] == words.lines
     assert words.lines[0] == ("h.0.mlp.c_fc", "8", "gptq", "1.0e-4 to 0.010", "0.700 %", "Dense avx_f32")
-    assert words.summary in prose(root) and "lm_head the most. On this machine" in words.summary
-    assert "| h.0.mlp.c_fc |" in text or "h.0.mlp.c" in text.partition("## What quantisation did")[2]
-    assert "What quantisation did" not in "".join(written(full[0].parent, sample.single()))
+    assert "lm_head the most. On this machine" in words.summary
 
 
 def test_task_scores_stand_in_a_table_of_their_own(full):

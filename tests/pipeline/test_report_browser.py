@@ -12,12 +12,10 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "plots"))
 import sample_results as sample
-from browser import CHROMIUM, Browser
+from browser import Browser
 
 from eval.results import save_results
 from pipeline.report import write_comparison, write_report
-
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
 
 # The contrast of every visible text with what is painted behind it, where that is below WCAG's AA.
 # Stripes count as their darker and their lighter colour.
@@ -54,14 +52,6 @@ PALE = """
   return {seen, found};
 })()
 """
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    opened = Browser(tmp_path_factory.mktemp("profile"))
-    opened.call("Emulation.setScrollbarsHidden", hidden=True)
-    yield opened
-    opened.close()
 
 
 @pytest.fixture(scope="module")

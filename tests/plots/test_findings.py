@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import sample_results as sample
 
-from plots import findings, quantization
+from plots import agreement, findings, quantization
 
 
 def row_of(results, key):
@@ -176,9 +176,11 @@ def test_three_sentences_whatever_was_measured():
 def test_four_bits_are_not_called_int8() -> None:
     results = sample.full()
     row = next(row for row in results.rows if row.precision == "int8")
+    results.agreement.rows[results.agreement.rows.index(row.key)] = row.key.replace("int8", "int4-int8")
     row.precision = "int4-int8"
     layer = dataclasses.replace(results.quantization[0], name="transformer.h.1.mlp.c_fc", bits=4, scheme="groups")
     results.quantization.append(layer)
     assert "INT4-INT8 changed it by" in findings.costs(results)
+    assert agreement.against_first(results).summary.startswith("INT4-INT8 holds the same token")
     words = quantization.by_layer(results)
     assert words is not None and ", 1 in INT4 (groups)." in words.summary
