@@ -122,21 +122,23 @@ class Row:
 
 @dataclass
 class Heads:
-    """What a pruning decided. `scores[i][head]` and the kept heads `kept[i]` are those of layer `layers[i]`."""
+    """What a pruning decided. `scores[i][head]` and the kept heads `kept[i]` are those of layer `original[i]`."""
 
     method: str
     scope: str
     scores: list[list[float]]
     kept: list[list[int]]
     layers: list[int] = field(default_factory=list)
-    """The original indices of the kept layers."""
+    """The original indices of the kept layers; empty in a file from before layers could go."""
     influence: list[float] = field(default_factory=list)
     """The score of each layer that there was; empty where none was to go."""
     n_inner: list[int] = field(default_factory=list)
     """The hidden neurons of each layer's MLP, and how many there were."""
 
-    def __post_init__(self) -> None:
-        self.layers = self.layers or list(range(len(self.kept)))  # a file from before layers could go
+    @property
+    def original(self) -> list[int]:
+        """The layers that `scores` and `kept` are about."""
+        return self.layers or list(range(len(self.kept)))
 
 
 @dataclass

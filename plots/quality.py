@@ -83,7 +83,7 @@ def heads_by_layer(results: Results) -> list[tuple[str, ...]]:
     """A head and a line a layer: how many of its heads each pruning kept, and which it cut. Empty without any."""
     if not results.heads:
         return []
-    layers = max(len(heads.kept) for heads in results.heads.values())
+    layers = max(len(heads.influence) or len(heads.kept) for heads in results.heads.values())
     lines = [("layer", *results.heads)]
     for layer in range(layers):
         lines.append((str(layer), *(_choice(heads, layer) for heads in results.heads.values())))
@@ -91,9 +91,10 @@ def heads_by_layer(results: Results) -> list[tuple[str, ...]]:
 
 
 def _choice(heads: Heads, layer: int) -> str:
-    if layer >= len(heads.kept):
-        return NONE
-    total, kept = len(heads.scores[layer]), heads.kept[layer]
+    if layer not in heads.original:
+        return "gone" if layer < len(heads.influence) else NONE
+    at = heads.original.index(layer)
+    total, kept = len(heads.scores[at]), heads.kept[at]
     cut = [str(head) for head in range(total) if head not in kept]
     return f"{len(kept)} of {total}, without {', '.join(cut)}" if cut else f"all {total}"
 
@@ -137,7 +138,8 @@ def _heat_map(axes: "Axes", stage: str, heads: Heads) -> None:
     axes.set_xlabel("head")
     axes.set_ylabel("layer")
     axes.set_xticks(_ticks(width))
-    axes.set_yticks(_ticks(len(grid)))
+    ticks = _ticks(len(grid))
+    axes.set_yticks(ticks, [str(heads.original[at]) for at in ticks])
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
     bar = axes.figure.colorbar(image, ax=axes, fraction=0.06, pad=0.03)

@@ -48,7 +48,8 @@ def fit(
     """A trained copy and its learning curve."""
     model = copy.deepcopy(model)
     choices = Finetune(**(CHOICES | changes))
-    return model, train(model, blocks, choices, folder, seed=3, device="cpu", teacher=copy.deepcopy(teacher))
+    curve, _ = train(model, blocks, choices, folder, seed=3, device="cpu", teacher=copy.deepcopy(teacher))
+    return model, curve
 
 
 def same(a: torch.nn.Module, b: torch.nn.Module) -> bool:
