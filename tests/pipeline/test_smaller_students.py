@@ -235,8 +235,10 @@ def student_run(tmp_path_factory: pytest.TempPathFactory, tiny_recipe: Path) -> 
     changes = ["prune.layers=1", "prune.mlp=0.4", "prune.compensate=true", "quantize.w8a8=true"]
     changes += ["finetune.distill={weight: 0.5, temperature: 2}", "measure.latency=false", "measure.agreement_tokens=0"]
     changes += ["controls={dense_finetuned: false, random_heads: false}"]
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     Runner(load_recipe(Recipe, tiny_recipe, changes), folder).execute()
+    torch.set_num_threads(threads)
     return folder
 
 
