@@ -40,7 +40,10 @@ def draw(results: Results) -> "Figure | None":
 
 @style.styled
 def draw_learning_curves(results: Results) -> "Figure | None":
-    """Training loss over steps, one line a training; long curves also as a running mean."""
+    """Training loss over steps, one line a training; long curves also as a running mean.
+
+    The control arm without a teacher has a panel of its own: its loss is another one than that of those with.
+    """
     curves = {stage: curve for stage, curve in results.curves.items() if curve}
     if not curves:
         return None
@@ -49,12 +52,18 @@ def draw_learning_curves(results: Results) -> "Figure | None":
     if max(windows.values()) > 1:
         note = "Thin: training loss as logged; thick: its running mean over a twentieth of the logged points."
     figure = style.frame("Learning curves", 3.2, note, [_line(stage) for stage in curves])
-    axes = figure.subplots()
-    for stage, curve in curves.items():
-        _curve(axes, stage, curve, windows[stage])
-    axes.set_xlabel("optimizer step")
-    axes.set_ylabel("loss (nats per token)")
-    axes.grid()
+    alone = "control-plain"
+    split = ([stage for stage in curves if (stage == alone) == own] for own in (False, True))
+    groups = [group for group in split if group]
+    panels = figure.subplots(1, len(groups), squeeze=False)[0]
+    for axes, group in zip(panels, groups, strict=True):
+        for stage in group:
+            _curve(axes, stage, curves[stage], windows[stage])
+        if alone in curves:
+            axes.set_title("learning from the text alone" if alone in group else "learning from text and teacher")
+        axes.set_xlabel("optimizer step")
+        axes.set_ylabel("loss (nats per token)")
+        axes.grid()
     return figure
 
 
@@ -107,7 +116,8 @@ def draw_heads(results: Results) -> "Figure | None":
         return None
     deepest = max(len(heads.scores) for heads in maps.values())
     height = max(min(0.36, 6.0 / deepest) * deepest, 1.1) + 1.0
-    figure = style.frame("Attention heads: score and choice", height, "× marks a pruned head.")
+    gone = " Layers without a line went whole." if any(heads.influence for heads in maps.values()) else ""
+    figure = style.frame("Attention heads: score and choice", height, f"× marks a pruned head.{gone}")
     panels = figure.subplots(1, max(2, len(maps)), squeeze=False)[0]
     for axes, (stage, heads) in zip(panels, maps.items(), strict=False):
         _heat_map(axes, stage, heads)

@@ -126,6 +126,20 @@ def test_crosses_stand_on_pruned_heads():
     assert figure.axes[0].get_title(loc="left") == "prune: taylor, global scope\n5 of 20 heads pruned"
 
 
+def test_a_training_without_the_teacher_has_a_panel_of_its_own():
+    results = sample.full()
+    assert len(quality.draw_learning_curves(results).axes) == 1
+    results.curves["control-plain"] = sample.curve(40, 38, points=31)
+    figure = quality.draw_learning_curves(results)
+    assert [axes.get_title(loc="left") for axes in figure.axes] == [
+        "learning from text and teacher",
+        "learning from the text alone",
+    ]
+    # Each training is a thin line and its mean.
+    assert [len(axes.lines) for axes in figure.axes] == [4, 1]
+    assert [text.get_text() for text in figure.legends[0].texts] == ["finetune", "control-finetune", "control-plain"]
+
+
 def test_layers_go_by_their_original_number():
     results = sample.full()
     heads = results.heads["prune"]
