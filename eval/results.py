@@ -122,12 +122,23 @@ class Row:
 
 @dataclass
 class Heads:
-    """Head scores of a pruning. `scores[layer][head]`; `kept[layer]` holds the kept head indices."""
+    """What a pruning decided. `scores[i][head]` and the kept heads `kept[i]` are those of layer `original[i]`."""
 
     method: str
     scope: str
     scores: list[list[float]]
     kept: list[list[int]]
+    layers: list[int] = field(default_factory=list)
+    """The original indices of the kept layers; empty in a file from before layers could go."""
+    influence: list[float] = field(default_factory=list)
+    """The score of each layer that there was; empty where none was to go."""
+    n_inner: list[int] = field(default_factory=list)
+    """The hidden neurons of each layer's MLP, and how many there were."""
+
+    @property
+    def original(self) -> list[int]:
+        """The layers that `scores` and `kept` are about."""
+        return self.layers or list(range(len(self.kept)))
 
 
 @dataclass
@@ -180,14 +191,14 @@ class Agreement:
 
 @dataclass
 class Results:
-    """The whole file. `run` tells machine, versions, recipe, date, seconds a stage."""
+    """The whole file. `run` tells machine, versions, recipe, date, seconds a stage and a training."""
 
     run: dict[str, Any]
     rows: list[Row]
     heads: dict[str, Heads] = field(default_factory=dict)
     """By stage: `prune`, `control-random`."""
     curves: dict[str, list[CurvePoint]] = field(default_factory=dict)
-    """By stage: `finetune`, `control-finetune`."""
+    """By stage: `finetune`, `control-finetune`, `control-plain`."""
     quantization: list[QuantizedLayer] = field(default_factory=list)
     agreement: Agreement | None = None
     """`None` where fewer than two rows were measured, or the recipe does not ask for it."""

@@ -111,6 +111,8 @@ def prune(out: Out = Path("runs/demo"), recipe: RecipeName = None, set: Set = No
     """Stage 3: score the attention heads and cut the weakest out of the matrices.
 
     Where query heads share key/value heads, query heads are cut, and a key/value head with the last of its group.
+    --set prune.mlp=0.25 cuts that share of each layer's hidden neurons as well, --set prune.layers=1 takes whole
+    layers out, those that change the residual stream least.
     """
     return _stage("prune", out, recipe, set, force)
 

@@ -1,14 +1,16 @@
-"""Which attention heads matter: a score for each head, and the choice of those that stay."""
+"""Which heads, hidden neurons and layers matter: a score for each, and the choice of those that stay."""
 
 import copy
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal, cast
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -16,11 +18,15 @@ from tqdm import tqdm
 from eval.errors import UserError
 from pipeline.data import IGNORE, TokenBlocks
 from pipeline.model import CompactGPT2LMHeadModel
-from pipeline.model.modeling import Attention, Block
+from pipeline.model.modeling import Block
 
 Method = Literal["taylor", "magnitude", "activation", "random"]
 Scope = Literal["layer", "global"]
 Rounding = Literal["floor", "nearest", "ceil"]
+
+NEURONS = 32
+"""Hidden neurons stay in multiples of this: INT8 vectors and the tiles of tensor cores are so wide, and a narrower rest
+costs as much as a full one."""
 
 
 def head_scores(
@@ -46,20 +52,64 @@ def head_scores(
     model's device: `model` is not touched. Raises `UserError` where the calibration text has no token
     to predict, or the scores come out as NaN, infinite or all zero.
     """
+    return _scores(model, "head", method, blocks, seed, batch_size, progress)
+
+
+def neuron_scores(
+    model: CompactGPT2LMHeadModel,
+    method: Method,
+    blocks: TokenBlocks,
+    *,
+    seed: int = 0,
+    batch_size: int = 4,
+    progress: bool = True,
+) -> list[list[float]]:
+    """`scores[layer][i]` of the i-th hidden neuron of the layer's MLP, as `head_scores` has it for heads.
+
+    A gate multiplies the neuron after the activation (as in Molchanov et al. 2019, arXiv 1906.10771, but with the
+    absolute value of each sequence); its weights are its row of `c_fc` and its column of `c_proj`.
+    """
+    return _scores(model, "neuron", method, blocks, seed, batch_size, progress)
+
+
+def layer_scores(
+    model: CompactGPT2LMHeadModel,
+    method: Method,
+    blocks: TokenBlocks,
+    *,
+    seed: int = 0,
+    batch_size: int = 4,
+    progress: bool = True,
+) -> list[float]:
+    """How much each layer changes the residual stream: the mean over text tokens of `1 - cos(in, out)`, the block
+    influence of Men et al. 2024 (ShortGPT, arXiv 2403.03853), whatever the `method`; uniform in [0, 1) if `random`.
+
+    Raises `UserError` where the influence is not finite.
+    """
     if method == "random":
         rng = random.Random(seed)
-        return [[rng.random() for _ in heads] for heads in kept_heads_of(model)]
+        return [rng.random() for _ in model.transformer.h]
     model = frozen_copy(model)
-    if method == "magnitude":
-        raw = _magnitude(model)
-    else:
-        measure = {"taylor": _taylor, "activation": _activation}[method]
-        raw = measure(model, calibration_batches(model, blocks, batch_size, f"{method} scores" if progress else None))
-    if not all(torch.isfinite(layer).all() for layer in raw):
-        raise UserError(f"the {method} head scores are not finite: check the weights of the checkpoint")
-    if not any(layer.any() for layer in raw):
-        raise UserError(f"the {method} head scores are all zero: the heads of this checkpoint do nothing")
-    return [F.normalize(layer.double(), dim=0).tolist() for layer in raw]
+    totals = torch.zeros(len(model.transformer.h), dtype=torch.float64, device=model.device)
+    text, tokens = torch.empty(0), 0
+
+    def measure(layer: int, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        cosine = F.cosine_similarity(inputs[0][text].double(), output[text].double(), dim=-1)
+        totals[layer] += (1 - cosine).sum()
+
+    def hook_of(layer: int) -> Callable[..., None]:
+        return lambda module, inputs, output: measure(layer, inputs, output)
+
+    for layer, block in enumerate(model.transformer.h):
+        block.register_forward_hook(hook_of(layer))
+    with torch.no_grad():
+        for batch in calibration_batches(model, blocks, batch_size, "layer influence" if progress else None):
+            text = batch["labels"] != IGNORE
+            tokens += int(text.sum())
+            model.transformer(batch["input_ids"], batch.get("attention_mask"), use_cache=False)
+    if not tokens or not torch.isfinite(totals).all():
+        raise UserError("the influence of the layers is not finite: check the checkpoint and the calibration text")
+    return (totals / tokens).tolist()
 
 
 def choose_heads(
@@ -103,6 +153,27 @@ def choose_heads(
     return [sorted(heads) for heads in left]
 
 
+def choose_neurons(scores: Sequence[Sequence[float]], share: float) -> list[list[int]]:
+    """The hidden neurons that stay, `[layer][...]`, ascending: of each layer equally many, all but `share` of them to
+    the nearest multiple of `NEURONS`, and at least one such; all if `share` is 0. Of equal scores the first goes first.
+    """
+    total = len(scores[0])
+    wanted = math.floor((1 - Fraction(str(share))) * total / NEURONS + Fraction(1, 2)) * NEURONS
+    stay = min(total, max(wanted, NEURONS)) if share else total
+    return [sorted(sorted(range(total), key=lambda i: (layer[i], i))[total - stay :]) for layer in scores]
+
+
+def choose_layers(scores: Sequence[float], count: int) -> list[int]:
+    """The layers that stay, ascending: all but the `count` with the lowest scores; of equal ones the first goes first.
+
+    Raises `UserError` where none would stay.
+    """
+    total = len(scores)
+    if count >= total:
+        raise UserError(f"prune.layers is {count}, and this model has {total}; give at most {total - 1}: one must stay")
+    return sorted(sorted(range(total), key=lambda i: (scores[i], i))[count:])
+
+
 def _count(ratio: float, total: int, rounding: Rounding) -> int:
     """How many of `total` heads `ratio` is, from the ratio's decimal digits: no float noise."""
     share = Fraction(str(ratio)) * total
@@ -115,29 +186,25 @@ def kept_heads_of(model: CompactGPT2LMHeadModel) -> list[list[int]]:
     return model.config.kept_heads
 
 
-def attentions(model: CompactGPT2LMHeadModel) -> list[Attention]:
-    """The attention module of each layer."""
-    return [cast(Block, block).attn for block in model.transformer.h]
-
-
 def frozen_copy(model: CompactGPT2LMHeadModel) -> CompactGPT2LMHeadModel:
     """The model in FP32 and eval mode, its parameters without gradients, on the same device."""
     return copy.deepcopy(model).float().eval().requires_grad_(False)
 
 
 @contextmanager
-def watched_contexts(
-    model: CompactGPT2LMHeadModel, watch: Callable[[int, torch.Tensor], torch.Tensor | None]
+def watched_inputs(
+    projections: Sequence[nn.Linear], watch: Callable[[int, torch.Tensor], torch.Tensor | None]
 ) -> Iterator[None]:
-    """Call `watch(layer, context)` on each forward pass; what it returns takes the context's place.
+    """Call `watch(index, inputs)` with what enters each projection, `[batch, length, width]`, on each forward pass;
+    what it returns takes the inputs' place.
 
-    A context is what enters a layer's `c_proj`: its heads' outputs side by side, `[batch, length, width]`.
+    Into an attention's `c_proj` go its heads' outputs side by side, into an MLP's its hidden neurons.
     """
 
-    def hook_of(layer: int) -> Callable[..., torch.Tensor | None]:
-        return lambda module, inputs: watch(layer, inputs[0])
+    def hook_of(index: int) -> Callable[..., torch.Tensor | None]:
+        return lambda module, inputs: watch(index, inputs[0])
 
-    handles = [attn.c_proj.register_forward_pre_hook(hook_of(layer)) for layer, attn in enumerate(attentions(model))]
+    handles = [each.register_forward_pre_hook(hook_of(index)) for index, each in enumerate(projections)]
     try:
         yield
     finally:
@@ -154,19 +221,66 @@ def calibration_batches(
         yield {key: value.to(model.device) for key, value in batch.items()}
 
 
-def _taylor(model: CompactGPT2LMHeadModel, batches: Iterator[dict[str, torch.Tensor]]) -> list[torch.Tensor]:
-    """Per head the sum over sequences of `|dL/d gate|`, L a sequence's mean loss."""
-    totals = [torch.zeros(attn.n_head, device=model.device) for attn in attentions(model)]
+@dataclass(frozen=True)
+class _Site:
+    """A projection, and the units that it reads side by side: heads, or hidden neurons."""
+
+    projection: nn.Linear
+    units: int
+    incoming: torch.Tensor
+    """The weights that make them, `[parts, units, size, n_embd]`."""
+
+
+def _sites(model: CompactGPT2LMHeadModel, kind: Literal["head", "neuron"]) -> list[_Site]:
+    blocks = [cast(Block, block) for block in model.transformer.h]
+    if kind == "head":
+        return [_Site(block.attn.c_proj, block.attn.n_head, block.attn.qkv_weights()) for block in blocks]
+    mlps = [block.mlp for block in blocks]
+    return [_Site(mlp.c_proj, mlp.c_proj.in_features, mlp.c_fc.weight[None, :, None]) for mlp in mlps]
+
+
+def _scores(
+    model: CompactGPT2LMHeadModel,
+    kind: Literal["head", "neuron"],
+    method: Method,
+    blocks: TokenBlocks,
+    seed: int,
+    batch_size: int,
+    progress: bool,
+) -> list[list[float]]:
+    if method == "random":
+        rng = random.Random(seed)
+        return [[rng.random() for _ in range(site.units)] for site in _sites(model, kind)]
+    model = frozen_copy(model)
+    sites = _sites(model, kind)
+    if method == "magnitude":
+        raw = [_magnitude(site) for site in sites]
+    else:
+        measure = {"taylor": _taylor, "activation": _activation}[method]
+        label = f"{method} scores of {kind}s" if progress else None
+        raw = measure(model, sites, calibration_batches(model, blocks, batch_size, label))
+    if not all(torch.isfinite(layer).all() for layer in raw):
+        raise UserError(f"the {method} {kind} scores are not finite: check the weights of the checkpoint")
+    if not any(layer.any() for layer in raw):
+        raise UserError(f"the {method} {kind} scores are all zero: the {kind}s of this checkpoint do nothing")
+    return [F.normalize(layer.double(), dim=0).tolist() for layer in raw]
+
+
+def _taylor(
+    model: CompactGPT2LMHeadModel, sites: Sequence[_Site], batches: Iterator[dict[str, torch.Tensor]]
+) -> list[torch.Tensor]:
+    """Per unit the sum over sequences of `|dL/d gate|`, L a sequence's mean loss."""
+    totals = [torch.zeros(site.units, device=model.device) for site in sites]
     gates: list[torch.Tensor] = []
 
-    def gate(layer: int, context: torch.Tensor) -> torch.Tensor:
-        return (context.unflatten(-1, (len(totals[layer]), -1)) * gates[layer]).flatten(-2)
+    def gate(index: int, inputs: torch.Tensor) -> torch.Tensor:
+        return (inputs.unflatten(-1, (sites[index].units, -1)) * gates[index]).flatten(-2)
 
     scored = 0
-    with watched_contexts(model, gate), torch.enable_grad():
+    with watched_inputs([site.projection for site in sites], gate), torch.enable_grad():
         for batch in batches:
             labels = batch.pop("labels")[:, 1:]
-            # A gate for each sequence, [batch, 1, heads, 1], so that the absolute value is taken of each.
+            # A gate for each sequence, [batch, 1, units, 1], so that the absolute value is taken of each.
             gates[:] = [torch.ones(len(labels), 1, len(t), 1, device=t.device, requires_grad=True) for t in totals]
             logits = model(**batch, use_cache=False).logits[:, :-1]
             losses = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORE, reduction="none")
@@ -180,29 +294,27 @@ def _taylor(model: CompactGPT2LMHeadModel, batches: Iterator[dict[str, torch.Ten
     return totals
 
 
-def _magnitude(model: CompactGPT2LMHeadModel) -> list[torch.Tensor]:
-    """Per head the L2 norm of its rows of `c_attn` and its columns of `c_proj.weight`."""
-    norms = []
-    for attn in attentions(model):
-        rows = attn.qkv_weights()
-        columns = attn.c_proj.weight.unflatten(1, (attn.n_head, -1))
-        norms.append((rows.square().sum(dim=(0, 2, 3)) + columns.square().sum(dim=(0, 2))).sqrt())
-    return norms
+def _magnitude(site: _Site) -> torch.Tensor:
+    """Per unit the L2 norm of the weights that make it and of its columns of the projection."""
+    columns = site.projection.weight.unflatten(1, (site.units, -1))
+    return (site.incoming.square().sum(dim=(0, 2, 3)) + columns.square().sum(dim=(0, 2))).sqrt()
 
 
-def _activation(model: CompactGPT2LMHeadModel, batches: Iterator[dict[str, torch.Tensor]]) -> list[torch.Tensor]:
-    """Per head the sum over text tokens of the L2 norm of its contribution to the residual stream."""
-    totals = [torch.zeros(attn.n_head, device=model.device) for attn in attentions(model)]
-    projections = [attn.c_proj for attn in attentions(model)]
+def _activation(
+    model: CompactGPT2LMHeadModel, sites: Sequence[_Site], batches: Iterator[dict[str, torch.Tensor]]
+) -> list[torch.Tensor]:
+    """Per unit the sum over text tokens of the L2 norm of its contribution to the residual stream."""
+    totals = [torch.zeros(site.units, device=model.device) for site in sites]
+    # R of a unit's columns, [units, size, size]: |columns x| is |R x|, which is no wider than x.
+    columns = [site.projection.weight.unflatten(1, (site.units, -1)).transpose(0, 1) for site in sites]
+    factors = [torch.linalg.qr(each).R for each in columns]
     text = torch.empty(0)
 
-    def measure(layer: int, context: torch.Tensor) -> None:
-        heads = context.unflatten(-1, (len(totals[layer]), -1))
-        columns = projections[layer].weight.unflatten(1, (len(totals[layer]), -1))
-        norms = torch.einsum("blhd,ehd->blhe", heads, columns).norm(dim=-1)
-        totals[layer] += norms[text].sum(dim=0)
+    def measure(index: int, inputs: torch.Tensor) -> None:
+        units = inputs[text].unflatten(-1, (sites[index].units, -1))
+        totals[index] += torch.einsum("tud,ued->tue", units, factors[index]).norm(dim=-1).sum(dim=0)
 
-    with watched_contexts(model, measure), torch.no_grad():
+    with watched_inputs([site.projection for site in sites], measure), torch.no_grad():
         for batch in batches:
             text = batch["labels"] != IGNORE
             model.transformer(batch["input_ids"], batch.get("attention_mask"), use_cache=False)

@@ -79,6 +79,13 @@ def subjects(stages: Mapping[str, Mapping[str, Any]]) -> list[Subject]:
     def ir(folder: str, precision: str, role: str = "baseline", skipped: str | None = None) -> Subject:
         return Subject("quantize", folder, "openvino", "cpu", precision, role, skipped=skipped)
 
+    def control(stage: str) -> list[Subject]:
+        """A fine-tuned control arm, of which only the quality is news."""
+        return [
+            Subject(stage, "model", "torch", "cpu", "fp32", "control", timed=False),
+            gpu(stage, "model_fp16", "fp16", "control"),
+        ]
+
     rows = {
         "load": [Subject("load", "model", "torch", "cpu", "fp32"), gpu("load", "model", "fp32")],
         # On a CPU the FP16 weights are computed in FP32, so only their quality is news.
@@ -100,10 +107,8 @@ def subjects(stages: Mapping[str, Mapping[str, Any]]) -> list[Subject]:
             *([ir("ir_w8a8", "w8a8")] if quantized.get("w8a8") else []),
             ir("model", "int4-int8" if quantized.get("four_bit") else "int8", "chain"),
         ],
-        "control-finetune": [
-            Subject("control-finetune", "model", "torch", "cpu", "fp32", "control", timed=False),
-            gpu("control-finetune", "model_fp16", "fp16", "control"),
-        ],
+        "control-finetune": control("control-finetune"),
+        "control-plain": control("control-plain"),
         "control-random": [
             Subject("control-random", "model", "torch", "cpu", "fp16", "control", timed=False),
             gpu("control-random", "model", "fp16", "control"),

@@ -47,13 +47,21 @@ class Load(Strict):
 
 
 class Prune(Strict):
-    """Which attention heads go. With grouped queries these are query heads; a key/value head goes with its last one."""
+    """What goes: whole layers first; then, of what is left, attention heads and the MLPs' hidden neurons. With grouped
+    queries heads are query heads; a key/value head goes with its last one."""
 
     ratio: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    """The share of the heads that goes."""
+    mlp: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """The share of each layer's hidden neurons that goes; what stays is a multiple of 32, the same in each layer."""
+    layers: Annotated[int, Field(ge=0)] = 0
+    """How many layers go: those that change the residual stream least. One must stay."""
     scope: Literal["layer", "global"] = "layer"
     rounding: Literal["floor", "nearest", "ceil"] = "nearest"
     scores: Literal["taylor", "magnitude", "activation", "random"] = "taylor"
+    """How heads and neurons are scored; layers go by their influence, or with `random` at random."""
     compensate: bool = False
+    """Whether what the removed heads and neurons gave is folded into the rest."""
     calibration_blocks: Positive = 32
     block_size: Annotated[int, Field(ge=2)] = 256
 
@@ -96,10 +104,12 @@ class Quantize(Strict):
 
 
 class Controls(Strict):
-    """The arms without which nobody can tell what pruning cost."""
+    """The arms without which nobody can tell what pruning cost, or what a teacher gave."""
 
     dense_finetuned: bool = True
     random_heads: bool = True
+    plain_finetuned: bool = True
+    """Where `finetune.distill` is set: the same student without the teacher, with steps for the teacher's time."""
 
 
 class Tasks(Strict):

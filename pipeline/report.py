@@ -155,6 +155,7 @@ def _facts(results: Results, drawings: dict[str, Path]) -> dict[str, Any]:
         "quantization_columns": quantization.COLUMNS,
         "heads": quality.heads_by_layer(results),
         "arithmetic": findings.pruning_arithmetic(results),
+        "distillation": findings.distillation(results),
         "caveats": findings.caveats(results),
         "protocol": findings.protocol(results),
         "machine": flat(run.get("machine") or {}),

@@ -4,6 +4,7 @@ import contextlib
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from pipeline.texts import load_text, refuse_overlap
 from pipeline.tracking import Tracking
 from pipeline.training import is_main_process, world_size
 
+_HEADS = tuple(field.name for field in fields(Heads))
 RESULTS = "results.json"
 RECIPE = "recipe.yaml"
 
@@ -98,6 +100,11 @@ class Runner:
                 "git_commit": git_commit(),
                 "date": datetime.now(UTC).isoformat(timespec="seconds"),
                 "seconds": {name: manifest.seconds for name, manifest in manifests.items()},
+                "training_seconds": {
+                    name: manifest.details["training_seconds"]
+                    for name, manifest in manifests.items()
+                    if "training_seconds" in manifest.details
+                },
                 "command": shlex.join(
                     [
                         "python",
@@ -115,7 +122,7 @@ class Runner:
             quantization=measurer.quantization(),
             agreement=measurer.agreement() if latency else None,
             heads={
-                name: Heads(**{key: manifest.details[key] for key in ("method", "scope", "scores", "kept")})
+                name: Heads(**{key: manifest.details[key] for key in _HEADS if key in manifest.details})
                 for name, manifest in manifests.items()
                 if "scores" in manifest.details
             },

@@ -180,6 +180,7 @@ def _write(outcomes: Sequence[Outcome], out: Path) -> None:
     """The table and the figure of all points."""
     from plots import style
     from plots import sweep as drawing
+    from plots import table as cells
 
     save_json(list(plain(outcomes)), out / "sweep.json")
     figure = drawing.draw([(each.point.choices, each.results) for each in outcomes if each.results])
@@ -187,15 +188,19 @@ def _write(outcomes: Sequence[Outcome], out: Path) -> None:
     if figure is not None:
         style.save(figure, out, "sweep")
         picture = ["", "![Perplexity of each point against its choices and its decode time](sweep.png)"]
-    table = drawing.markdown(drawing.table(_lines(outcomes)))
-    save_text("\n".join(["# Sweep", "", table, *picture, ""]), out / "sweep.md")
+    lines = _lines(outcomes)
+    answer = drawing.smallest(lines)
+    said = [cells.markdown(answer), ""] if answer else []
+    save_text("\n".join(["# Sweep", "", *said, drawing.markdown(drawing.table(lines)), *picture, ""]), out / "sweep.md")
 
 
 def report(outcomes: Sequence[Outcome]) -> str:
-    """The table of all points, as text."""
+    """The table of all points, as text, and which is the smallest that is good enough."""
     from plots import sweep as drawing
 
-    return drawing.text(drawing.table(_lines(outcomes)))
+    lines = _lines(outcomes)
+    answer = drawing.smallest(lines)
+    return drawing.text(drawing.table(lines)) + (f"\n\n{answer}" if answer else "")
 
 
 def _lines(outcomes: Sequence[Outcome]) -> list[tuple[dict[str, Any], Results | str]]:

@@ -6,6 +6,7 @@ import os
 import shutil
 import statistics
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,18 @@ class Watch(TrainerCallback):
                 f"{key} {logs[key]:.4g}" for key in ("loss", "eval_loss", "learning_rate", "grad_norm") if key in logs
             )
             print(f"{self.name}: step {state.global_step}/{state.max_steps}  {shown}", file=sys.stderr, flush=True)
+
+
+class Clock(TrainerCallback):
+    """Puts into each log how many seconds the training took so far, those before it was cut off included. What a kill
+    threw away is not counted: like the steps, it goes on from the last checkpoint."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        before = state.log_history[-1].get("seconds", 0.0) if state.log_history else 0.0
+        self.begun = time.perf_counter() - before
+
+    def on_log(self, args, state, control, **kwargs):
+        state.log_history[-1]["seconds"] = time.perf_counter() - self.begun
 
 
 class ResumingTrainer(Trainer):
@@ -239,6 +252,12 @@ def run(trainer: ResumingTrainer, name: str, spike: float | None = None) -> list
     ]
 
 
+def total_steps(choices: Finetune, blocks: int) -> int:
+    """The optimiser's steps that a fine-tuning on so many blocks takes."""
+    share = world_size() * choices.batch_size * choices.accumulation
+    return choices.steps or choices.epochs * math.ceil(blocks / share)
+
+
 def train(
     model: CompactGPT2LMHeadModel,
     blocks: TokenBlocks,
@@ -249,21 +268,19 @@ def train(
     device: str,
     teacher: CompactGPT2LMHeadModel | None = None,
     report_to: str = "none",
-) -> list[dict[str, float]]:
+) -> tuple[list[dict[str, float]], float]:
     """Fine-tune `model` in place; checkpoints go to `folder`, logs to the integration `report_to`.
 
-    Returns the learning curve of `run`.
+    Returns the learning curve of `run`, and the seconds that its steps took.
     """
     set_seed(seed)
-    steps = choices.steps or -1
-    share = world_size() * choices.batch_size * choices.accumulation
-    total = choices.steps or choices.epochs * math.ceil(len(blocks) / share)
+    total = total_steps(choices, len(blocks))
     args = arguments(
         folder,
         device,
         seed,
         report_to=report_to,
-        max_steps=steps,
+        max_steps=choices.steps or -1,
         num_train_epochs=choices.epochs,
         per_device_train_batch_size=choices.batch_size,
         gradient_accumulation_steps=choices.accumulation,
@@ -279,4 +296,6 @@ def train(
     if teacher is not None and choices.distill is not None:
         kind, extra = DistillingTrainer, {"teacher": teacher, "distill": choices.distill}
     trainer = kind(model=model.float(), args=args, train_dataset=blocks, data_collator=collate, **extra)
-    return run(trainer, "finetune")
+    trainer.add_callback(Clock())
+    curve = run(trainer, "finetune")
+    return curve, next(log["seconds"] for log in reversed(trainer.state.log_history) if "seconds" in log)

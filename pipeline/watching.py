@@ -39,14 +39,16 @@ def attention_kernel(model: CompactGPT2LMHeadModel, dtype: torch.dtype | None) -
     return ", ".join(sorted(kernels.seen)) or "math"
 
 
-def training_flops(config: CompactGPT2Config) -> int:
+def training_flops(config: CompactGPT2Config, length: int | None = None) -> int:
     """FLOPs of one token, forward and backward: 6 for each weight that multiplies, and attention's products over a
-    full block (Chowdhery et al. 2022, appendix B; the causal half is not taken off).
+    block of `length` tokens, by default a full one (Chowdhery et al. 2022, appendix B; the causal half is not taken
+    off). Only heads that were kept count. A third of it is the forward pass.
     """
-    width = config.n_head * config.head_dim
-    block = 4 * config.n_embd * width + 2 * config.n_embd * config.n_inner
-    weights = config.n_layer * block + config.n_embd * config.vocab_size
-    return 6 * weights + 12 * config.n_layer * width * config.n_positions
+    width = config.head_dim * sum(map(len, config.kept_heads))
+    shared = config.head_dim * sum(len(config.groups(layer)) for layer in range(config.n_layer))
+    blocks = 2 * config.n_embd * (width + shared + config.n_layer * config.n_inner)
+    weights = blocks + config.n_embd * config.vocab_size
+    return 6 * weights + 12 * width * (length or config.n_positions)
 
 
 class Meter(TrainerCallback):

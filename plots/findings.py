@@ -3,8 +3,8 @@
 from collections import Counter
 from collections.abc import Callable
 
-from eval.results import Results, Row, Timing
-from plots.numbers import change, millions, perplexity, share, times
+from eval.results import Heads, Results, Row, Timing
+from plots.numbers import change, millions, perplexity, share, significant, times
 from plots.pairs import finetuned_pair, int8_pair, quality_pair, step_before, unpruned
 from plots.rows import (
     apart,
@@ -132,6 +132,11 @@ def judgements(results: Results) -> list[tuple[bool, str]]:
     for stage, other, why in (
         ("finetune", "prune", "fine-tuning left perplexity no lower than pruning had"),
         ("prune", "control-random", "pruning by score left perplexity no lower than pruning at random"),
+        (
+            "finetune",
+            "control-plain",
+            "the dense teacher gave no more than plain fine-tuning at equal time",
+        ),
     ):
         if pair := quality_pair(results, stage, other):
             found.append((pair[0].perplexity < pair[1].perplexity, why))
@@ -233,10 +238,7 @@ def pruning_arithmetic(results: Results) -> str | None:
         return None
     removed = dense.parameters - pruned.parameters
     heads = results.heads.get("prune")
-    gone = ""
-    if heads:
-        total = sum(len(layer) for layer in heads.scores)
-        gone = f"{total - sum(len(kept) for kept in heads.kept)} of {count(total, 'attention head')}, that is "
+    gone = f"{_removed(heads)}, that is " if heads else ""
     whole = f"{millions(dense.parameters)} parameters ({share(removed / dense.parameters)})"
     text = (
         f"Pruning removed {gone}{removed:,} of {whole}. "
@@ -251,6 +253,42 @@ def pruning_arithmetic(results: Results) -> str | None:
         if row.latency and base and base.latency and same_load(row, base)
     ]
     return f"{text}; measured: {', '.join(seen)}." if seen else f"{text}; how much it made of that was not measured."
+
+
+def _removed(heads: Heads) -> str:
+    """How many layers, heads and hidden neurons went, of how many."""
+    parts = []
+    if heads.influence:
+        parts.append(f"{len(heads.influence) - len(heads.original)} of {count(len(heads.influence), 'layer')}")
+    total = sum(len(layer) for layer in heads.scores)
+    left = " in the others" if heads.influence else ""
+    parts.append(f"{total - sum(len(kept) for kept in heads.kept)} of {count(total, 'attention head')}{left}")
+    if heads.n_inner and heads.n_inner[0] < heads.n_inner[1]:
+        stay, were = heads.n_inner
+        parts.append(f"{were - stay:,} of {count(were, 'hidden neuron')} in each layer")
+    return ", ".join(parts)
+
+
+def distillation(results: Results) -> str | None:
+    """What the dense teacher gave, against as long a training without it; `None` without that control arm."""
+    pair = quality_pair(results, "finetune", "control-plain")
+    if pair is None:
+        return None
+    taught, plain = (row.perplexity for row in pair)
+    verdict = "the teacher was the better use of it" if taught < plain else "plain fine-tuning was the better use of it"
+    return (
+        f"With the dense teacher, fine-tuning came to perplexity {perplexity(taught)}{_effort(results, 'finetune')}; "
+        f"plain fine-tuning at equal time, counted in FLOPs, to {perplexity(plain)}"
+        f"{_effort(results, 'control-plain')}: {verdict if taught != plain else 'neither was better'}."
+    )
+
+
+def _effort(results: Results, stage: str) -> str:
+    """` (60 steps, 41 s)`, as far as known."""
+    facts = [count(results.curves[stage][-1].step, "step")] if results.curves.get(stage) else []
+    if seconds := results.run.get("training_seconds", {}).get(stage):
+        facts.append(f"{significant(seconds)} s")
+    return f" ({', '.join(facts)})" if facts else ""
 
 
 def protocol(results: Results) -> list[str]:

@@ -40,7 +40,10 @@ def draw(results: Results) -> "Figure | None":
 
 @style.styled
 def draw_learning_curves(results: Results) -> "Figure | None":
-    """Training loss over steps, one line a training; long curves also as a running mean."""
+    """Training loss over steps, one line a training; long curves also as a running mean.
+
+    The control arm without a teacher has a panel of its own: its loss is another one than that of those with.
+    """
     curves = {stage: curve for stage, curve in results.curves.items() if curve}
     if not curves:
         return None
@@ -49,12 +52,18 @@ def draw_learning_curves(results: Results) -> "Figure | None":
     if max(windows.values()) > 1:
         note = "Thin: training loss as logged; thick: its running mean over a twentieth of the logged points."
     figure = style.frame("Learning curves", 3.2, note, [_line(stage) for stage in curves])
-    axes = figure.subplots()
-    for stage, curve in curves.items():
-        _curve(axes, stage, curve, windows[stage])
-    axes.set_xlabel("optimizer step")
-    axes.set_ylabel("loss (nats per token)")
-    axes.grid()
+    alone = "control-plain"
+    split = ([stage for stage in curves if (stage == alone) == own] for own in (False, True))
+    groups = [group for group in split if group]
+    panels = figure.subplots(1, len(groups), squeeze=False)[0]
+    for axes, group in zip(panels, groups, strict=True):
+        for stage in group:
+            _curve(axes, stage, curves[stage], windows[stage])
+        if alone in curves:
+            axes.set_title("learning from the text alone" if alone in group else "learning from text and teacher")
+        axes.set_xlabel("optimizer step")
+        axes.set_ylabel("loss (nats per token)")
+        axes.grid()
     return figure
 
 
@@ -83,7 +92,7 @@ def heads_by_layer(results: Results) -> list[tuple[str, ...]]:
     """A head and a line a layer: how many of its heads each pruning kept, and which it cut. Empty without any."""
     if not results.heads:
         return []
-    layers = max(len(heads.kept) for heads in results.heads.values())
+    layers = max(len(heads.influence) or len(heads.kept) for heads in results.heads.values())
     lines = [("layer", *results.heads)]
     for layer in range(layers):
         lines.append((str(layer), *(_choice(heads, layer) for heads in results.heads.values())))
@@ -91,9 +100,10 @@ def heads_by_layer(results: Results) -> list[tuple[str, ...]]:
 
 
 def _choice(heads: Heads, layer: int) -> str:
-    if layer >= len(heads.kept):
-        return NONE
-    total, kept = len(heads.scores[layer]), heads.kept[layer]
+    if layer not in heads.original:
+        return "gone" if layer < len(heads.influence) else NONE
+    at = heads.original.index(layer)
+    total, kept = len(heads.scores[at]), heads.kept[at]
     cut = [str(head) for head in range(total) if head not in kept]
     return f"{len(kept)} of {total}, without {', '.join(cut)}" if cut else f"all {total}"
 
@@ -106,7 +116,8 @@ def draw_heads(results: Results) -> "Figure | None":
         return None
     deepest = max(len(heads.scores) for heads in maps.values())
     height = max(min(0.36, 6.0 / deepest) * deepest, 1.1) + 1.0
-    figure = style.frame("Attention heads: score and choice", height, "× marks a pruned head.")
+    gone = " Layers without a line went whole." if any(heads.influence for heads in maps.values()) else ""
+    figure = style.frame("Attention heads: score and choice", height, f"× marks a pruned head.{gone}")
     panels = figure.subplots(1, max(2, len(maps)), squeeze=False)[0]
     for axes, (stage, heads) in zip(panels, maps.items(), strict=False):
         _heat_map(axes, stage, heads)
@@ -137,7 +148,8 @@ def _heat_map(axes: "Axes", stage: str, heads: Heads) -> None:
     axes.set_xlabel("head")
     axes.set_ylabel("layer")
     axes.set_xticks(_ticks(width))
-    axes.set_yticks(_ticks(len(grid)))
+    ticks = _ticks(len(grid))
+    axes.set_yticks(ticks, [str(heads.original[at]) for at in ticks])
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
     bar = axes.figure.colorbar(image, ax=axes, fraction=0.06, pad=0.03)

@@ -23,6 +23,7 @@ COLOURS = {
     "quantize": "#0072b2",
     "control-finetune": "#cc79a7",
     "control-random": "#d55e00",
+    "control-plain": "#a6761d",  # Okabe and Ito have no eighth that can be seen on white
 }
 OTHER = "#7a7a7a"
 PAPER = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.4}  # keeps grid lines out of text

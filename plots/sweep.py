@@ -6,11 +6,16 @@ from typing import TYPE_CHECKING, Any
 from eval.results import Results, Row
 from plots import style
 from plots import table as cells
-from plots.rows import kind, label
+from plots.numbers import megabytes, millions
+from plots.pairs import finetuned_pair
+from plots.rows import int8_row, kind, label
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+AIM = 1.05
+"""The perplexity that a small model may have, times that of the dense one fine-tuned alike."""
 
 Choices = Mapping[str, Any]
 """Recipe key -> the value that a point has."""
@@ -51,6 +56,27 @@ def markdown(lines: Sequence[tuple[str, ...]]) -> str:
     return "\n".join(map(cells.markdown_line, (padded[0], rule, *padded[1:])))
 
 
+def smallest(points: Sequence[tuple[Choices, Results | str]]) -> str | None:
+    """In a sentence, the smallest point whose perplexity after fine-tuning is within `AIM` of the dense model's that
+    was fine-tuned alike, or the nearest to it; `None` where no point has that control arm."""
+    judged = []
+    for choices, found in points:
+        pair = finetuned_pair(found) if isinstance(found, Results) else None
+        if pair is not None and isinstance(found, Results):
+            parameters = next(row.parameters for row in found.rows if row.stage == "finetune") or 0
+            judged.append((parameters, pair[0].perplexity / pair[1].perplexity, choices, found))
+    if not judged:
+        return None
+    within = [each for each in judged if each[1] <= AIM]
+    best = min(within, key=lambda each: each[:2]) if within else min(judged, key=lambda each: each[1])
+    parameters, ratio, choices, found = best
+    quantized = int8_row(found)
+    size = f", {megabytes(quantized.bytes_on_disk)} MB in {quantized.precision.upper()}" if quantized else ""
+    point = f"{_series(choices, list(choices))}: {millions(parameters)} parameters{size}, {ratio:.3f} × its perplexity"
+    aim = f"within {AIM} × the perplexity of the dense model fine-tuned alike"
+    return f"The smallest model {aim} is {point}." if within else f"No point is {aim}; the nearest is {point}."
+
+
 def draw(points: Sequence[tuple[Choices, Results]]) -> "Figure | None":
     """Perplexity against the first numeric choice, and beside it against decode time, for the end of the chain."""
     with style.look():
@@ -74,6 +100,8 @@ def _draw(points: Sequence[tuple[Choices, Results]]) -> "Figure | None":
         if timed
         else f"{'; '.join(names)}. Down is better."
     )
+    if answer := smallest(points):
+        note = f"{note} {answer}"
     figure = style.frame(
         f"Perplexity against {key}{' and decode latency' if timed else ''}",
         3.6 * len(found),

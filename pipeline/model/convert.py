@@ -84,7 +84,7 @@ def to_grouped(model: CompactGPT2LMHeadModel, n_kv_head: int) -> CompactGPT2LMHe
             for name, rows in zip("kv", kv, strict=True):
                 groups = rows.unflatten(0, (-1, old.head_dim)).split(sizes)
                 state[f"{prefix}{name}.{part}"] = torch.cat([group.mean(dim=0) for group in groups])
-    return _rebuilt(model, config, state)
+    return rebuilt(model, config, state)
 
 
 def to_windowed(model: CompactGPT2LMHeadModel, window: int | list[int | None]) -> CompactGPT2LMHeadModel:
@@ -94,10 +94,10 @@ def to_windowed(model: CompactGPT2LMHeadModel, window: int | list[int | None]) -
     Raises `ValueError` where `window` does not fit the layers.
     """
     config = CompactGPT2Config.from_dict(model.config.to_dict() | {"window": window})
-    return _rebuilt(model, config, model.state_dict())
+    return rebuilt(model, config, model.state_dict())
 
 
-def _rebuilt(
+def rebuilt(
     model: CompactGPT2LMHeadModel, config: CompactGPT2Config, state: Mapping[str, torch.Tensor]
 ) -> CompactGPT2LMHeadModel:
     """A model of `config` with `state`, and all else as `model` has it."""

@@ -1,11 +1,11 @@
-"""Remove attention heads for good: smaller matrices, not masks."""
+"""Remove attention heads, hidden neurons and layers for good: smaller matrices and fewer of them, not masks."""
 
-import copy
 from collections.abc import Sequence
 
 import torch
 
 from pipeline.model.configuration import CompactGPT2Config
+from pipeline.model.convert import rebuilt
 from pipeline.model.modeling import CompactGPT2LMHeadModel
 
 
@@ -19,16 +19,14 @@ def slice_heads(model: CompactGPT2LMHeadModel, kept_heads: Sequence[Sequence[int
     Raises `ValueError` if a head to keep is no longer there.
     """
     old = model.config
-    fields = old.to_dict() | {"kept_heads": [sorted(heads) for heads in kept_heads]}
-    pruned = CompactGPT2LMHeadModel(CompactGPT2Config.from_dict(fields)).to(model.device, model.dtype)
+    config = CompactGPT2Config.from_dict(old.to_dict() | {"kept_heads": [sorted(heads) for heads in kept_heads]})
     state = dict(model.state_dict())
-    del state["lm_head.weight"]
-    for layer, (had, keeps) in enumerate(zip(old.kept_heads, pruned.config.kept_heads, strict=True)):
+    for layer, (had, keeps) in enumerate(zip(old.kept_heads, config.kept_heads, strict=True)):
         missing = sorted(set(keeps) - set(had))
         if missing:
             raise ValueError(f"layer {layer} has heads {had}; it cannot keep {missing}")
         inner = _numbers(had, keeps, old.head_dim).to(model.device)
-        shared = _numbers(list(old.groups(layer)), list(pruned.config.groups(layer)), old.head_dim).to(model.device)
+        shared = _numbers(list(old.groups(layer)), list(config.groups(layer)), old.head_dim).to(model.device)
         width = len(had) * old.head_dim
         prefix = f"transformer.h.{layer}.attn."
         rows = (
@@ -40,10 +38,44 @@ def slice_heads(model: CompactGPT2LMHeadModel, kept_heads: Sequence[Sequence[int
             for part in ("weight", "bias"):
                 state[f"{prefix}{name}.{part}"] = state[f"{prefix}{name}.{part}"][index]
         state[prefix + "c_proj.weight"] = state[prefix + "c_proj.weight"][:, inner]
-    pruned.load_state_dict({key: value.detach().clone().contiguous() for key, value in state.items()}, strict=False)
-    pruned.tie_weights()
-    pruned.generation_config = copy.deepcopy(model.generation_config)
-    return pruned.train(model.training)
+    return rebuilt(model, config, state)
+
+
+def slice_neurons(model: CompactGPT2LMHeadModel, kept: Sequence[Sequence[int]]) -> CompactGPT2LMHeadModel:
+    """A new model whose MLPs have only the hidden neurons `kept[layer]`, ascending, equally many in each layer.
+
+    It computes what the given model computes with the others gated to zero after the activation.
+    Dtype and device stay; `model` is not changed.
+    """
+    config = CompactGPT2Config.from_dict(model.config.to_dict() | {"n_inner": len(kept[0])})
+    state = dict(model.state_dict())
+    for layer, neurons in enumerate(kept):
+        index = torch.tensor(neurons, device=model.device)
+        prefix = f"transformer.h.{layer}.mlp."
+        for part in ("c_fc.weight", "c_fc.bias"):
+            state[prefix + part] = state[prefix + part][index]
+        state[prefix + "c_proj.weight"] = state[prefix + "c_proj.weight"][:, index]
+    return rebuilt(model, config, state)
+
+
+def keep_layers(model: CompactGPT2LMHeadModel, kept: Sequence[int]) -> CompactGPT2LMHeadModel:
+    """A new model that has only the layers `kept`, ascending: the residual stream passes the others by.
+
+    Dtype and device stay; `model` is not changed.
+    """
+    old = model.config
+    fields = {"n_layer": len(kept), "kept_heads": [old.kept_heads[layer] for layer in kept]}
+    if isinstance(old.window, list):
+        fields["window"] = [old.window[layer] for layer in kept]
+    state = {}
+    for key, value in model.state_dict().items():
+        if key.startswith("transformer.h."):
+            layer, _, rest = key.removeprefix("transformer.h.").partition(".")
+            if int(layer) not in kept:
+                continue
+            key = f"transformer.h.{kept.index(int(layer))}.{rest}"
+        state[key] = value
+    return rebuilt(model, CompactGPT2Config.from_dict(old.to_dict() | fields), state)
 
 
 def _numbers(had: Sequence[int], keeps: Sequence[int], head_dim: int) -> torch.Tensor:

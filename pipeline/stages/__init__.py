@@ -63,6 +63,16 @@ STAGES = (
         reads=_train,
         consults=_teacher,
     ),
+    Stage(
+        "control-plain",
+        "prune",
+        finetune.VERSION,
+        finetune.plain_config,
+        finetune.build_plain,
+        wanted=lambda recipe: recipe.controls.plain_finetuned and recipe.finetune.distill is not None,
+        reads=_train,
+        consults=_teacher,
+    ),
     Stage("quantize", "finetune", quantize.VERSION, quantize.config, quantize.build, reads=quantize.reads),
 )
 BY_NAME = {stage.name: stage for stage in STAGES}

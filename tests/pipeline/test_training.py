@@ -48,7 +48,8 @@ def fit(
     """A trained copy and its learning curve."""
     model = copy.deepcopy(model)
     choices = Finetune(**(CHOICES | changes))
-    return model, train(model, blocks, choices, folder, seed=3, device="cpu", teacher=copy.deepcopy(teacher))
+    curve, _ = train(model, blocks, choices, folder, seed=3, device="cpu", teacher=copy.deepcopy(teacher))
+    return model, curve
 
 
 def same(a: torch.nn.Module, b: torch.nn.Module) -> bool:
@@ -106,6 +107,34 @@ def test_resumed_training_is_bit_exact(step: int, student, blocks, tmp_path: Pat
     resumed, curve = fit(student, blocks, tmp_path / "cut", **changes)
     assert same(whole, resumed)
     assert curve == whole_curve
+
+
+def test_seconds_of_steps_that_were_thrown_away_do_not_count(student, blocks, tmp_path: Path, monkeypatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr("pipeline.training.time.perf_counter", lambda: now[0])
+
+    class Ticking(TrainerCallback):
+        """A second a step; the fifth is the last before a kill."""
+
+        def on_step_begin(self, args, state, control, **kwargs):
+            now[0] += 1
+            if state.global_step == 5 and now[0] < 200:
+                raise KeyboardInterrupt
+
+    original = Trainer.train
+
+    def ticking(self: Trainer, *args: Any, **kwargs: Any) -> Any:
+        self.add_callback(Ticking())
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "train", ticking)
+    choices = Finetune(**(CHOICES | {"steps": 7, "save_steps": 2}))
+    with pytest.raises(KeyboardInterrupt):
+        train(copy.deepcopy(student), blocks, choices, tmp_path / "a", seed=3, device="cpu")
+    now[0] = 1000.0
+    for _ in range(2):  # the second time there is nothing left to do
+        _, seconds = train(copy.deepcopy(student), blocks, choices, tmp_path / "a", seed=3, device="cpu")
+        assert seconds == 7
 
 
 def test_a_finished_training_is_not_repeated(student, blocks, tmp_path: Path) -> None:

@@ -126,6 +126,38 @@ def test_crosses_stand_on_pruned_heads():
     assert figure.axes[0].get_title(loc="left") == "prune: taylor, global scope\n5 of 20 heads pruned"
 
 
+def test_a_training_without_the_teacher_has_a_panel_of_its_own():
+    results = sample.full()
+    assert len(quality.draw_learning_curves(results).axes) == 1
+    results.curves["control-plain"] = sample.curve(40, 38, points=31)
+    figure = quality.draw_learning_curves(results)
+    assert [axes.get_title(loc="left") for axes in figure.axes] == [
+        "learning from text and teacher",
+        "learning from the text alone",
+    ]
+    # Each training is a thin line and its mean.
+    assert [len(axes.lines) for axes in figure.axes] == [4, 1]
+    assert [text.get_text() for text in figure.legends[0].texts] == ["finetune", "control-finetune", "control-plain"]
+
+
+def test_layers_go_by_their_original_number():
+    results = sample.full()
+    heads = results.heads["prune"]
+    heads.layers, heads.influence = [0, 2, 3, 5], [0.4, 0.1, 0.3, 0.3, 0.2, 0.9]
+    labels = [text.get_text() for text in quality.draw_heads(results).axes[0].get_yticklabels()]
+    assert labels == ["0", "2", "3", "5"]
+    lines = quality.heads_by_layer(results)
+    assert [line[1] for line in lines[1:]] == [
+        "4 of 5, without 1",
+        "gone",
+        "all 5",
+        "1 of 5, without 0, 2, 3, 4",
+        "gone",
+        "all 5",
+    ]
+    assert [line[2] for line in lines[5:]] == ["–", "–"]  # the other pruning took no layers
+
+
 def test_cells_of_the_agreement_matrix_say_what_was_measured():
     results = sample.full()
     found = results.agreement

@@ -155,6 +155,39 @@ def test_pruning_arithmetic():
     assert findings.pruning_arithmetic(sample.single()) is None
 
 
+def test_pruning_arithmetic_of_layers_and_neurons():
+    results = sample.full()
+    heads = results.heads["prune"]
+    heads.layers, heads.influence, heads.n_inner = [0, 1, 3, 4], [0.3, 0.2, 0.1, 0.2, 0.4], [1120, 1280]
+    said = "1 of 5 layers, 5 of 20 attention heads in the others, 160 of 1,280 hidden neurons in each layer, that is "
+    assert f"Pruning removed {said}" in findings.pruning_arithmetic(results)
+
+
+@pytest.mark.parametrize(
+    ("plain", "verdict"),
+    [
+        (60.4, "the teacher was the better use of it"),
+        (59.5, "plain fine-tuning was the better use of it"),
+        (59.9, "neither was better"),
+    ],
+)
+def test_what_the_teacher_gave(plain, verdict):
+    results = sample.full()
+    assert findings.distillation(results) is None
+    results.rows.append(sample.row("control-plain", "torch", "cpu", "fp32", plain, "control"))
+    results.curves["control-plain"] = sample.curve(67, plain, points=62)
+    results.run["training_seconds"] = {"finetune": 181.43, "control-plain": 190.0}
+    assert findings.distillation(results) == (
+        "With the dense teacher, fine-tuning came to perplexity 59.90 (235 steps, 181 s); plain fine-tuning at equal "
+        f"time, counted in FLOPs, to {plain:.2f} (310 steps, 190 s): {verdict}."
+    )
+    assert ("the dense teacher gave no more" in findings.shortfalls(results)) == (plain <= 59.9)
+    del results.curves["control-plain"], results.run["training_seconds"]
+    assert f"(235 steps); plain fine-tuning at equal time, counted in FLOPs, to {plain:.2f}: " in findings.distillation(
+        results
+    )
+
+
 def test_protocol_names_window_share_counts():
     text = " ".join(findings.protocol(sample.full()))
     for part in ("windows of 512 tokens with stride 256", "12.5 % of the text, 35,937 scored tokens", "ab" * 32):

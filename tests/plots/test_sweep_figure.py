@@ -71,3 +71,30 @@ def test_the_table() -> None:
     assert len({row.replace("\\|", "").count("|") for row in rows}) == 1 and "no \\| space" in rows[-1]
     clash = sweep.table([({"prune.block_size": 1, "quantize.block_size": 2}, "failed: x")])
     assert clash[0][:2] == ("prune.block_size", "quantize.block_size")
+
+
+def sized(ratio: float, parameters: int, worse: float) -> tuple[dict[str, Any], Results]:
+    """Fine-tuned, this many times the perplexity of the dense model fine-tuned alike, which has 59.21."""
+    choices, results = point({"prune.mlp": ratio, "prune.layers": 1}, worse * 59.21 / 59.90)
+    for row in results.rows:
+        row.parameters = parameters if row.stage == "finetune" else row.parameters
+    return choices, results
+
+
+def test_the_smallest_that_is_good_enough() -> None:
+    points = [sized(0.0, 7_000_001, 1.01), sized(0.25, 6_000_001, 1.0499), sized(0.5, 5_000_001, 1.0501)]
+    failed = ({"prune.mlp": 0.9, "prune.layers": 1}, "failed: x")
+    answer = (
+        "The smallest model within 1.05 × the perplexity of the dense model fine-tuned alike is "
+        "prune.mlp=0.25, prune.layers=1: 6.00 M parameters, 8.61 MB in INT8, 1.050 × its perplexity."
+    )
+    assert sweep.smallest([*points, failed]) == answer
+    figure = sweep.draw(points)
+    assert figure is not None and "6.00 M parameters" in " ".join(figure.texts[-1].get_text().split())
+    assert sweep.smallest(points[2:]) == (
+        "No point is within 1.05 × the perplexity of the dense model fine-tuned alike; the nearest is "
+        "prune.mlp=0.5, prune.layers=1: 5.00 M parameters, 8.61 MB in INT8, 1.050 × its perplexity."
+    )
+    for _, results in points:
+        results.rows = [row for row in results.rows if row.stage != "control-finetune"]
+    assert sweep.smallest([*points, failed]) is None
