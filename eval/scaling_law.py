@@ -45,8 +45,15 @@ class Law:
 
     def best_size(self, flops: np.ndarray | float) -> np.ndarray:
         """That number of parameters (Hoffmann et al. 2022, equation 4)."""
-        scale = (self.alpha * self.A / (self.beta * self.B)) ** (1 / (self.alpha + self.beta))
-        return scale * (np.asarray(flops, dtype=float) / FLOPS) ** self.size_exponent
+        return self._scale * (np.asarray(flops, dtype=float) / FLOPS) ** self.size_exponent
+
+    def flops_of(self, parameters: float) -> float:
+        """The FLOPs whose best size is so many parameters."""
+        return float(FLOPS * (parameters / self._scale) ** (1 / self.size_exponent))
+
+    @property
+    def _scale(self) -> float:
+        return float((self.alpha * self.A / (self.beta * self.B)) ** (1 / (self.alpha + self.beta)))
 
     def best_loss(self, flops: np.ndarray | float) -> np.ndarray:
         """The loss at that number."""
@@ -174,7 +181,7 @@ def examine(trainings: Sequence[Mapping[str, float]]) -> dict[str, Any]:
             "loss": law.best_loss(flops).tolist(),
             "loss_interval": best_losses.tolist(),
         },
-        "trusted": _trusted(budgets, flops, best_sizes, held_out),
+        "trusted": _trusted(law, trainings, flops, best_sizes, held_out),
     }
 
 
@@ -207,26 +214,34 @@ def _bottoms(trainings: Sequence[Mapping[str, float]], budgets: Sequence[float])
 
 
 def _trusted(
-    budgets: Sequence[float], flops: np.ndarray, sizes: np.ndarray, held_out: Mapping[str, float] | None
+    law: Law,
+    trainings: Sequence[Mapping[str, float]],
+    flops: np.ndarray,
+    best_sizes: np.ndarray,
+    held_out: Mapping[str, float] | None,
 ) -> dict[str, Any]:
-    """As far beyond the trainings as the held-out budget lay beyond the rest, if the fit foresaw that one."""
-    largest = budgets[-1]
-    step = largest / budgets[-2] if len(budgets) > 1 else 1.0
+    """As far beyond the trainings as the held-out budget lay beyond the rest, if the fit foresaw that one; but never
+    where the best size is uncertain, or smaller or larger than all that were trained. `to` is `from` for nowhere.
+    """
+    budgets = sorted({training["budget"] for training in trainings})
+    smallest, largest = (end(training["parameters"] for training in trainings) for end in (min, max))
     if held_out is None:
-        end, why = largest, "too few trainings are left without the largest budget to try the fit on it"
+        ends = [(budgets[-1], "too few trainings are left without the largest budget to try the fit on it")]
     elif held_out["error"] > TRUSTED_ERROR:
-        end, why = largest, f"without the largest budget the fit misses its losses by {held_out['error']:.1%}"
+        ends = [(budgets[-1], f"without the largest budget the fit misses its losses by {held_out['error']:.1%}")]
     else:
-        end = largest * step
-        why = (
-            f"the fit to the smaller budgets foresaw losses at {step:.3g} times their FLOPs to "
-            f"{held_out['error']:.1%}, and nothing was tried further"
-        )
-    wide = flops[(sizes[1] / sizes[0] > TRUSTED_SPREAD) & (flops >= budgets[0])]
-    if wide.size and wide[0] < end:
-        end = float(wide[0])
-        why = f"beyond, the interval of the best size is wider than a factor of {TRUSTED_SPREAD:g}"
-    return {"from": budgets[0], "to": float(end), "why": why}
+        step = budgets[-1] / budgets[-2]
+        foreseen = f"the fit to the smaller budgets foresaw losses at {step:.3g} times their FLOPs"
+        ends = [(budgets[-1] * step, f"{foreseen} to {held_out['error']:.1%}, and nothing was tried further")]
+    begin = max(budgets[0], law.flops_of(smallest))
+    wide = flops[(best_sizes[1] / best_sizes[0] > TRUSTED_SPREAD) & (flops >= begin)]
+    ends += [
+        (each, f"from there on the best size's interval is wider than a factor of {TRUSTED_SPREAD:g}")
+        for each in wide[:1]
+    ]
+    ends.append((law.flops_of(largest), "from there on the best size is larger than any that was trained"))
+    end, why = min(ends)
+    return {"from": float(begin), "to": float(max(begin, end)), "why": why}
 
 
 def _checked(parameters: Sequence[float], tokens: Sequence[float], losses: Sequence[float]) -> np.ndarray:

@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, Any
 
 from eval.scaling_law import FLOPS, PUBLISHED, Law
 from plots import style
-from plots.style import QUIET
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,11 +19,10 @@ _NAMES = {"E": "E", "A": "A", "B": "B", "alpha": "alpha", "beta": "beta", "size_
 def draw(record: Record) -> "Figure":
     """Losses over sizes, the compute frontier, the best size over FLOPs, and the exponent beside published ones."""
     with style.look():
-        trusted = record["trusted"]["to"]
         note = (
             "C = 6 N D. Left above: points are trainings, lines the fitted law, crosses bottoms of parabolas through "
             "one budget's points, which know nothing of the law. Bands and bars: 95 % of bootstrap resamples. "
-            f"Dotted from {trusted:.2g} FLOPs on: not to be trusted, for {record['trusted']['why']}."
+            f"Dotted: not to be trusted. It is {_trust(record['trusted'])}: {record['trusted']['why']}."
         )
         figure = style.frame(f"Scaling law: {record['name']}", 6.6, note)
         (sizes, losses), (best, exponents) = figure.subplots(2, 2)
@@ -65,14 +63,17 @@ def _sizes(axes: "Axes", record: Record) -> None:
 
 
 def _frontier(axes: "Axes", record: Record, key: str, label: str) -> None:
-    frontier, trusted = record["frontier"], record["trusted"]["to"]
+    frontier, trusted = record["frontier"], record["trusted"]
     flops, values = frontier["flops"], frontier[key]
     low, high = frontier[f"{key}_interval"]
     axes.fill_between(flops, low, high, color=style.series(0)["color"], alpha=0.18, linewidth=0)
-    last = sum(each <= trusted for each in flops)
-    axes.plot(flops[:last], values[:last], color=style.series(0)["color"], linewidth=1.4)
-    axes.plot(flops[last - 1 :], values[last - 1 :], color=style.series(0)["color"], linewidth=1.4, linestyle=":")
-    axes.axvline(trusted, color=QUIET, linewidth=1, linestyle="--")
+    inside = [
+        value if trusted["from"] <= each <= trusted["to"] else float("nan")
+        for each, value in zip(flops, values, strict=True)
+    ]
+    look = {"color": style.series(0)["color"], "linewidth": 1.4}
+    axes.plot(flops, values, linestyle=":", **look)
+    axes.plot(flops, inside, **look)
     axes.set_xscale("log")
     axes.set_xlabel("FLOPs of a training")
     axes.set_ylabel(label)
@@ -118,7 +119,7 @@ def markdown(record: Record) -> str:
         "",
         f"Published a: {published}. E, A and B depend on text and tokenizer: only the exponents compare.",
         "",
-        f"**Trust it from {trusted['from']:.2g} to {trusted['to']:.2g} FLOPs**: {trusted['why']}.",
+        f"**Trust it {_trust(trusted)}**: {trusted['why']}.",
         "",
         "| FLOPs | best parameters | 95 % interval | by a parabola alone | best loss |",
         "|---:|---:|---:|---:|---:|",
@@ -137,6 +138,11 @@ def markdown(record: Record) -> str:
     if record["left_out"]:
         lines += ["", "Left out:", "", *(f"- {reason}" for reason in record["left_out"])]
     return "\n".join([*lines, ""])
+
+
+def _trust(trusted: Mapping[str, Any]) -> str:
+    low, high = trusted["from"], trusted["to"]
+    return f"from {low:.2g} to {high:.2g} FLOPs" if low < high else "nowhere"
 
 
 def _best(record: Record) -> list[str]:
