@@ -18,7 +18,7 @@ HUBER = 1e-3
 TRUSTED_ERROR, TRUSTED_SPREAD = 0.01, 2.0
 """What a fit without the largest budget may miss its losses by, and the widest interval of a best size, high over low,
 where a fit is still called trustworthy."""
-_RESAMPLES = 400
+RESAMPLES = 400
 _STARTS = 40
 _SEED = 20220329
 
@@ -95,28 +95,18 @@ def fit(parameters: Sequence[float], tokens: Sequence[float], losses: Sequence[f
 
     Raises `ValueError` for fewer than six trainings, or fewer than three sizes or lengths: five numbers are fitted.
     """
-    data = _checked(parameters, tokens, losses)
-    return _law(_search(data, _starts(data)))
+    return _laws(parameters, tokens, losses, 0)[0]
 
 
 def bootstrap(
-    parameters: Sequence[float], tokens: Sequence[float], losses: Sequence[float], law: Law, count: int = _RESAMPLES
+    parameters: Sequence[float], tokens: Sequence[float], losses: Sequence[float], count: int = RESAMPLES
 ) -> list[Law]:
     """The laws of `count` resamples of the trainings, drawn with replacement and a fixed seed.
 
-    Each search starts from `law`, the fit to all, and from its neighbours with other exponents. A resample that
-    holds fewer than three sizes or lengths is drawn again.
+    Each search starts from the fit to all, and from its neighbours with other exponents. A resample that
+    holds fewer than three sizes or lengths is drawn again. Raises `ValueError` as `fit` does.
     """
-    data = _checked(parameters, tokens, losses)
-    first = np.array([np.log(law.A), np.log(law.B), np.log(law.E), law.alpha, law.beta])
-    starts = [first, *(first + change for change in ([2, 0, 0, 0.2, 0], [0, 2, 0, 0, 0.2], [-1, -1, 0, -0.1, -0.1]))]
-    rng = np.random.default_rng(_SEED)
-    laws: list[Law] = []
-    while len(laws) < count:
-        drawn = data[:, rng.integers(data.shape[1], size=data.shape[1])]
-        if min(len(np.unique(drawn[0])), len(np.unique(drawn[1]))) >= 3:
-            laws.append(_law(_search(drawn, np.array(starts))))
-    return laws
+    return _laws(parameters, tokens, losses, count)[1:]
 
 
 def interval(values: Sequence[float] | Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
@@ -143,7 +133,7 @@ def parabola(parameters: Sequence[float], losses: Sequence[float]) -> tuple[floa
     return float(np.exp(bottom)), float(curve(bottom))
 
 
-def examine(trainings: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+def examine(trainings: Sequence[Mapping[str, float]], resamples: int = RESAMPLES) -> dict[str, Any]:
     """The law of finished trainings, and how far it can be trusted, as plain data.
 
     A training has `parameters`, `tokens`, `loss`, and the `budget` of FLOPs that it is one of. Returned are
@@ -157,8 +147,7 @@ def examine(trainings: Sequence[Mapping[str, float]]) -> dict[str, Any]:
     Raises `ValueError` as `fit` does.
     """
     parameters, tokens, losses = _columns(trainings)
-    law = fit(parameters, tokens, losses)
-    laws = bootstrap(parameters, tokens, losses, law)
+    law, *laws = _laws(parameters, tokens, losses, resamples)
     budgets = sorted({training["budget"] for training in trainings})
     flops = np.geomspace(budgets[0] / 2, 100 * budgets[-1], 60)
     best_sizes = np.stack(interval([each.best_size(flops) for each in laws]))
@@ -244,8 +233,12 @@ def _trusted(
     return {"from": float(begin), "to": float(max(begin, end)), "why": why}
 
 
-def _checked(parameters: Sequence[float], tokens: Sequence[float], losses: Sequence[float]) -> np.ndarray:
-    """`[3, trainings]`: the logarithms of N, D and L."""
+def _laws(parameters: Sequence[float], tokens: Sequence[float], losses: Sequence[float], resamples: int) -> list[Law]:
+    """The fit to all trainings, then those to the resamples.
+
+    Searched are `[5]`: the logarithms of both terms at the trainings' middle (which makes them independent of the
+    exponents, and the search quick), log E, alpha and beta.
+    """
     data = np.array([parameters, tokens, losses], dtype=float)
     if data.shape[1] < 6 or min(len(set(parameters)), len(set(tokens))) < 3:
         raise ValueError(
@@ -254,20 +247,35 @@ def _checked(parameters: Sequence[float], tokens: Sequence[float], losses: Seque
         )
     if not (np.isfinite(data).all() and (data > 0).all()):
         raise ValueError("parameters, tokens and losses must be positive numbers")
-    return np.log(data)
+    data = np.log(data)
+    middle = data[:2].mean(axis=1)
+    data[:2] -= middle[:, None]
+    first = _search(data, _starts(data))
+    changes = np.array([[0, 0, 0, 0, 0], [0, 0, 0, 0.2, 0], [0, 0, 0, 0, 0.2], [0, 0, -0.5, -0.1, -0.1]])
+    rng = np.random.default_rng(_SEED)
+    points = [first]
+    while len(points) <= resamples:
+        drawn = data[:, rng.integers(data.shape[1], size=data.shape[1])]
+        if min(len(np.unique(drawn[0])), len(np.unique(drawn[1]))) >= 3:
+            points.append(_search(drawn, first + changes))
+    return [
+        Law(
+            E=float(np.exp(e)),
+            A=float(np.exp(a + alpha * middle[0])),
+            B=float(np.exp(b + beta * middle[1])),
+            alpha=float(alpha),
+            beta=float(beta),
+        )
+        for a, b, e, alpha, beta in points
+    ]
 
 
 def _starts(data: np.ndarray) -> np.ndarray:
-    """The best of a grid around every law that fits anywhere near, `[starts, 5]`: log A, log B, log E, alpha, beta."""
-    exponents = np.linspace(0.1, 1.3, 7)
-    floor = data[2].min()
-    size, text = data[0].mean(), data[1].mean()
-    grid = []
+    """The best points of a grid around every law that fits anywhere near, `[starts, 5]`."""
+    exponents, floor = np.linspace(0.1, 1.3, 7), data[2].min()
     # At the middle of the trainings each term is some share of the loss.
-    for alpha, beta, share_n, share_d in itertools.product(exponents, exponents, (-3, -2, -1), (-3, -2, -1)):
-        for share_e in (-2.0, -0.7, -0.2):
-            grid.append((floor + share_n + alpha * size, floor + share_d + beta * text, floor + share_e, alpha, beta))
-    starts = np.array(grid)
+    axes = (floor + np.array([-3, -2, -1]), floor + np.array([-3, -2, -1]), floor + np.array([-2, -0.7, -0.2]))
+    starts = np.array(list(itertools.product(*axes, exponents, exponents)))
     return starts[np.argsort([_error(start, data)[0] for start in starts])[:_STARTS]]
 
 
@@ -276,7 +284,8 @@ def _search(data: np.ndarray, starts: np.ndarray) -> np.ndarray:
     from scipy.optimize import minimize
 
     # No loss is below E; exponents beyond these are no power laws any more.
-    bounds = [(-20, 60), (-20, 60), (-10, data[2].min()), (0.01, 3), (0.01, 3)]
+    top = data[2].max()
+    bounds = [(top - 20, top), (top - 20, top), (top - 20, data[2].min()), (0.01, 3), (0.01, 3)]
     ends = [minimize(_error, start, (data,), "L-BFGS-B", jac=True, bounds=bounds) for start in starts]
     return min(ends, key=lambda end: end.fun).x
 
@@ -295,8 +304,3 @@ def _error(point: np.ndarray, data: np.ndarray) -> tuple[float, np.ndarray]:
     share = slope * weights / total / HUBER
     gradient = [share[0].sum(), share[1].sum(), share[2].sum(), -share[0] @ data[0], -share[1] @ data[1]]
     return float(error), np.array(gradient)
-
-
-def _law(point: np.ndarray) -> Law:
-    a, b, e, alpha, beta = point
-    return Law(*map(float, (np.exp(e), np.exp(a), np.exp(b), alpha, beta)))

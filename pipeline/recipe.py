@@ -276,6 +276,8 @@ class Scaling(Strict):
     warmup_share: Annotated[float, Field(ge=0, le=1)] = 0.1
     decay_share: Annotated[float, Field(ge=0, le=1)] = 0.3
     """Of each training's steps, for the schedule `stable`: a loss counts only where the rate has come down."""
+    resamples: Positive = 400
+    """For the intervals."""
     pretrain: Pretrain = Pretrain()
     """All the rest. Shape, steps, warm-up, decay and evaluation are set for each training."""
 

@@ -92,7 +92,7 @@ def scaling(recipe: Scaling, files: Sequence[Path], out: Path, *, workers: int =
             "recipe": recipe.model_dump(mode="json"),
             "left_out": left_out,
             "trainings": trainings,
-            **examine(trainings),
+            **examine(trainings, recipe.resamples),
         }
         save_json(record, out / RECORD)
         style.save(drawing.draw(record), out, "scaling")

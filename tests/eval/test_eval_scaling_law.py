@@ -79,7 +79,7 @@ def test_intervals_hold_the_truth_and_grow_with_the_noise() -> None:
     widths = []
     for noise in (0.001, 0.01):
         found = columns(trainings(noise=noise))
-        laws = bootstrap(*found, fit(*found), count=60)
+        laws = bootstrap(*found, count=60)
         low, high = interval([law.size_exponent for law in laws])
         assert low < CHINCHILLA.size_exponent < high
         widths.append(high - low)
@@ -96,7 +96,7 @@ def test_a_parabola_needs_a_bottom_among_its_sizes() -> None:
 
 
 def test_trust_reaches_as_far_as_was_tried() -> None:
-    found = examine(trainings(noise=0.0005))
+    found = examine(trainings(noise=0.0005), resamples=40)
     assert found["trusted"]["from"] == pytest.approx(1e17)
     assert found["trusted"]["to"] == pytest.approx(9e18)
     assert found["held_out"]["budget"] == 3e18 and found["held_out"]["error"] < 0.003
@@ -111,7 +111,7 @@ def test_trust_reaches_as_far_as_was_tried() -> None:
 
 
 def worse_at_the_largest(found: list[dict[str, float]]) -> list[dict[str, float]]:
-    return [each | {"loss": each["loss"] * (1.05 if each["budget"] == BUDGETS[-1] else 1)} for each in found]
+    return [each | {"loss": each["loss"] * (1.02 if each["budget"] == BUDGETS[-1] else 1)} for each in found]
 
 
 def only_small_ones(found: list[dict[str, float]]) -> list[dict[str, float]]:
@@ -132,7 +132,7 @@ def with_one_large_budget(found: list[dict[str, float]]) -> list[dict[str, float
     ],
 )
 def test_trust_ends_sooner_where_something_speaks_against_it(change: Any, noise: float, end: float, said: str) -> None:
-    trusted = examine(change(trainings(noise=noise)))["trusted"]
+    trusted = examine(change(trainings(noise=noise)), resamples=40)["trusted"]
     assert trusted["to"] <= end * 1.001 and said in trusted["why"]
 
 
