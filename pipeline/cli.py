@@ -505,6 +505,43 @@ def pretrain(
 
 
 @app.command()
+def scaling(
+    text: Annotated[
+        Path | None,
+        typer.Option(help="Training text (.txt or .txt.xz); more files may follow. By default the embedded text."),
+    ] = None,
+    more: Annotated[list[Path] | None, typer.Argument(metavar="[FILE]...", help="More training text.")] = None,
+    recipe: Annotated[str, typer.Option(help="A preset (scaling-mini, scaling-gpu) or a .yaml file.")] = "scaling-mini",
+    out: Annotated[Path, typer.Option(help="The family's folder; what is trained there is not trained again.")] = Path(
+        "runs/scaling"
+    ),
+    set: Set = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Trainings at a time; by default one, or without a GPU one a core.")
+    ] = None,
+    as_json: Json = False,
+) -> Any:
+    """Train a family of sizes over several budgets and fit how loss falls with parameters, tokens and FLOPs.
+
+    The law is L(N, D) = E + A/N^alpha + B/D^beta (Hoffmann et al. 2022, approach 3), with bootstrap intervals, the
+    compute frontier, and where to stop trusting them. Interrupted, it resumes; sizes and budgets may be added later.
+    """
+    from pipeline import hardware
+    from pipeline.recipe import Scaling, load_recipe
+    from pipeline.scaling import scaling as work
+    from plots.scaling import markdown
+
+    choices = load_recipe(Scaling, recipe, set or [])
+    files = [*([text] if text else []), *(more or [])]
+    if files and choices.pretrain.shards:
+        raise UserError("scaling: give either --text FILES or --set pretrain.shards=FOLDER (see data prepare)")
+    at_a_time = workers or (1 if hardware.gpu() else hardware.cpu()["cores"])
+    record = work(choices, files, out, workers=at_a_time)
+    print(json.dumps(record) if as_json else f"{markdown(record)}\nTable and figure: {out}/scaling.*")
+    return record
+
+
+@app.command()
 def doctor(as_json: Json = False) -> Any:
     """What works on this machine, and why the rest does not."""
     from pipeline.doctor import diagnose, format_findings

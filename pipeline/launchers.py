@@ -1,4 +1,4 @@
-"""Where the points of a sweep are worked on: processes of this machine, or Ray."""
+"""Where tasks are worked on, the points of a sweep say: processes of this machine, or Ray."""
 
 import contextlib
 import logging
@@ -6,7 +6,8 @@ import multiprocessing
 import os
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -33,36 +34,57 @@ class Task:
 class Launcher(Protocol):
     """Works on one task at a time for each thread that calls it."""
 
-    def __call__(self, task: Task) -> str | None:
-        """Do it; `None`, or one line on what went wrong."""
+    def __call__(self, task: Any) -> str | None:
+        """Do it; `None`, or one line on what went wrong. A task has a `folder`, with a log in it."""
 
     def stop(self) -> None:
         """End what is under way."""
 
 
-def work(task: Task) -> str | None:
-    """Do a task in this process, its output appended to the point's log; `None`, or what went wrong."""
-    import torch
+def each(launch: Launcher, tasks: Sequence[Any], workers: int, done: Callable[[int, str | None], None]) -> None:
+    """Launch all tasks, `workers` at a time; `done` is told the number and the outcome of each as it ends."""
+    with ThreadPoolExecutor(workers) as pool:
+        futures = {pool.submit(launch, task): number for number, task in enumerate(tasks)}
+        try:
+            for future in as_completed(futures):
+                done(futures[future], future.result())
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            launch.stop()
+            raise
 
+
+def work(task: Task) -> str | None:
+    """Do a point's task in this process; `None`, or what went wrong."""
     from pipeline.recipe import Recipe, parse_recipe
     from pipeline.runner import Runner
 
-    if task.threads is not None:
-        torch.set_num_threads(task.threads)
-    task.folder.mkdir(parents=True, exist_ok=True)
-    with _logged(task.folder / LOG):
+    def do() -> None:
+        runner = Runner(parse_recipe(Recipe, task.recipe), task.folder, task.store)
+        if task.measure:
+            runner.execute()
+        else:
+            runner.build()
+
+    return attempt(task.folder, task.threads, do)
+
+
+def attempt(folder: Path, threads: int | None, do: Callable[[], object]) -> str | None:
+    """Do something in this process, its output appended to `folder/log.txt`; `None`, or what went wrong."""
+    import torch
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    folder.mkdir(parents=True, exist_ok=True)
+    with _logged(folder / LOG):
         try:
-            runner = Runner(parse_recipe(Recipe, task.recipe), task.folder, task.store)
-            if task.measure:
-                runner.execute()
-            else:
-                runner.build()
+            do()
         except (UserError, WorkError) as error:
             print(f"failed: {error}", file=sys.stderr)
             return str(error)
-        except Exception as error:  # whatever it is, the other points go on
+        except Exception as error:  # whatever it is, the other tasks go on
             traceback.print_exc()
-            return f"{type(error).__name__}: {reason(error)} (see {task.folder / LOG})"
+            return f"{type(error).__name__}: {reason(error)} (see {folder / LOG})"
     return None
 
 
@@ -84,17 +106,21 @@ def _logged(path: Path) -> Iterator[None]:
 
 
 class Local:
-    """A process of its own for each task: one that is killed, for its memory say, takes no other along."""
+    """A process of its own for each task: one that is killed, for its memory say, takes no other along.
 
-    def __init__(self) -> None:
+    `do` works on a task there; the module `preload` is imported once for all.
+    """
+
+    def __init__(self, do: Callable[[Any], str | None] = work, preload: str = "pipeline.warm") -> None:
+        self.do = do
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["pipeline.warm"])
+        self.context.set_forkserver_preload([preload])
         self.running: set[Any] = set()
         self.stopped = False
 
-    def __call__(self, task: Task) -> str | None:
+    def __call__(self, task: Any) -> str | None:
         reader, writer = self.context.Pipe(duplex=False)
-        process = self.context.Process(target=_report, args=(task, writer))
+        process = self.context.Process(target=_report, args=(self.do, task, writer))
         if self.stopped:
             return "stopped"
         self.running.add(process)
@@ -115,10 +141,10 @@ class Local:
             process.terminate()
 
 
-def _report(task: Task, answer: Any) -> None:
+def _report(do: Callable[[Any], str | None], task: Any, answer: Any) -> None:
     end_with_parent()
     with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C reaches all; the parent says so
-        answer.send(work(task))
+        answer.send(do(task))
 
 
 class Ray:

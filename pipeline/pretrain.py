@@ -194,7 +194,7 @@ def _data(recipe: Pretrain, files: Sequence[Path], out: Path) -> tuple[Any, Toke
     """Tokenizer and training blocks: this process's share of shards, or all of the text."""
     if not recipe.shards:
         _same_choices(recipe, files, out)
-        tokenizer = _tokenizer(recipe, files, out)
+        tokenizer = train_tokenizer(recipe, files, out)
         return tokenizer, _blocks(recipe, files, tokenizer, out)
     shards = Path(recipe.shards)
     tokenizer = _shard_tokenizer(recipe, shards)
@@ -284,7 +284,7 @@ def _limited(documents: Iterator[str], limit: int | None) -> Iterator[str]:
         yield document
 
 
-def _tokenizer(recipe: Pretrain, files: Sequence[Path], out: Path) -> PreTrainedTokenizerFast:
+def train_tokenizer(recipe: Pretrain, files: Sequence[Path], out: Path) -> PreTrainedTokenizerFast:
     """A byte-level BPE (Sennrich et al. 2016; GPT-2's bytes) trained on the head of the text."""
     folder = out / "tokenizer"
     if not (folder / "tokenizer.json").exists():

@@ -261,6 +261,43 @@ class Pretrain(Strict):
         return self
 
 
+class Size(Strict):
+    """The shape of one member of a family."""
+
+    n_layer: Positive
+    n_head: Positive
+    head_dim: Positive = 64
+
+
+class Scaling(Strict):
+    """A family of trainings from scratch, for a scaling law."""
+
+    name: str = "custom"
+    sizes: Annotated[list[Size], Field(min_length=3)]
+    budgets: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1)]
+    """FLOPs, of 6 for each parameter and token: each size is trained on as many tokens as a budget has for it."""
+    tokens_per_parameter: tuple[float, float] = (0.5, 500)
+    """Combinations with fewer or more are left out."""
+    passes: Annotated[float, Field(gt=0)] = 4
+    """Ones that would read the text more often as well: from here on repeated text is worth less than new (Muennighoff
+    et al. 2023, section 6)."""
+    min_steps: Positive = 100
+    """Ones of fewer steps as well."""
+    warmup_share: Annotated[float, Field(ge=0, le=1)] = 0.1
+    decay_share: Annotated[float, Field(ge=0, le=1)] = 0.3
+    """Of each training's steps, for the schedule `stable`: a loss counts only where the rate has come down."""
+    resamples: Positive = 400
+    """For the intervals."""
+    pretrain: Pretrain = Pretrain()
+    """All the rest. Shape, steps, warm-up, decay and evaluation are set for each training."""
+
+    @model_validator(mode="after")
+    def _phases_fit(self) -> Self:
+        if self.warmup_share + self.decay_share > 1:
+            raise ValueError("warmup_share + decay_share exceed 1")
+        return self
+
+
 R = TypeVar("R", bound=Strict)
 
 
@@ -299,6 +336,8 @@ def parse_recipe(kind: type[R], raw: dict[str, Any], where: str = "recipe") -> R
 def _known(kind: type[BaseModel], location: tuple[int | str, ...]) -> str:
     """The keys that the recipe part holding `location` knows."""
     for part in location[:-1]:
+        if isinstance(part, int):  # a place in a list
+            continue
         annotation = kind.model_fields[str(part)].annotation
         options = [annotation, *get_args(annotation)]
         kind = next(option for option in options if isinstance(option, type) and issubclass(option, BaseModel))

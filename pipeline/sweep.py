@@ -6,7 +6,6 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import yaml
 
 from eval.errors import UserError
 from eval.results import Results, load_results, save_json, save_text
-from pipeline import hardware
+from pipeline import hardware, launchers
 from pipeline.artifacts import RunFolder, disk_errors, fingerprint
 from pipeline.launchers import Launcher, Local, Ray, Task
 from pipeline.recipe import Recipe, load_recipe
@@ -138,23 +137,26 @@ def _each(
     launch: Launcher, done: str, outcomes: Sequence[Outcome], out: Path, workers: int, threads: int | None
 ) -> None:
     """Build (with `threads` given) or measure these points, `workers` at a time; failures are noted in them."""
-    with ThreadPoolExecutor(workers) as pool:
-        futures = {}
-        for outcome in outcomes:
-            recipe = outcome.point.recipe.model_dump(mode="json")
-            task = Task(recipe, _folder(out, outcome.point), out / "stages", threads is None, threads)
-            futures[pool.submit(launch, task)] = outcome
-        try:
-            for count, future in enumerate(as_completed(futures), 1):
-                outcome = futures[future]
-                outcome.failure = future.result()
-                state = done if outcome.failure is None else f"failed: {outcome.failure}"
-                progress = f" ({count} of {len(futures)})" if len(futures) > 1 else ""
-                print(f"sweep: {outcome.point.name}: {state}{progress}", file=sys.stderr, flush=True)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            launch.stop()
-            raise
+    tasks = [
+        Task(
+            each.point.recipe.model_dump(mode="json"),
+            _folder(out, each.point),
+            out / "stages",
+            threads is None,
+            threads,
+        )
+        for each in outcomes
+    ]
+    ended = itertools.count(1)
+
+    def note(number: int, failure: str | None) -> None:
+        outcome = outcomes[number]
+        outcome.failure = failure
+        state = done if failure is None else f"failed: {failure}"
+        progress = f" ({next(ended)} of {len(tasks)})" if len(tasks) > 1 else ""
+        print(f"sweep: {outcome.point.name}: {state}{progress}", file=sys.stderr, flush=True)
+
+    launchers.each(launch, tasks, workers, note)
 
 
 def _share_measurements(out: Path, earlier: Sequence[Point], point: Point) -> None:

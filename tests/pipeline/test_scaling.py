@@ -1,0 +1,198 @@
+"""A family of trainings: what is trained, once, and what its figure and page say."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from eval.errors import UserError, WorkError
+from eval.scaling_law import Law
+from pipeline.cli import app
+from pipeline.recipe import Scaling, load_recipe, parse_recipe
+from pipeline.scaling import RESULT, expand, scaling
+from pipeline.wikitext import DOCUMENT_MARK
+from plots.scaling import draw, markdown
+
+CHOICES: dict[str, Any] = {
+    "name": "tiny",
+    "sizes": [{"n_layer": 1, "n_head": n_head, "head_dim": 8} for n_head in (1, 2, 3)],
+    "budgets": [2e7, 4e7],
+    "min_steps": 2,
+    "resamples": 15,
+    "passes": 50,
+    "tokens_per_parameter": [0.01, 500],
+    "pretrain": {
+        "model": {"n_positions": 16, "vocab_size": 263},
+        "tokenizer_bytes": 5000,
+        "batch_size": 4,
+        "eval_blocks": 4,
+        "log_steps": 4,
+        "save_steps": 4,
+    },
+}
+
+
+def recipe(**changes: Any) -> Scaling:
+    return parse_recipe(Scaling, CHOICES | changes)
+
+
+@pytest.fixture(scope="module")
+def text(tiny_texts: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Documents, of which every hundredth is held out: the first."""
+    path = tmp_path_factory.mktemp("text") / "documents.txt"
+    path.write_text(tiny_texts["train"].read_text().replace("\n\n", f"\n{DOCUMENT_MARK}\n"))
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A family and its record. Only to be looked at."""
+    out = tmp_path_factory.mktemp("family") / "out"
+    return out, scaling(recipe(), [text], out, workers=2)
+
+
+@pytest.mark.parametrize(("shape", "position"), [((3, 2, 16), "learned"), ((1, 5, 8), "learned"), ((2, 3, 8), "rope")])
+def test_a_member_has_the_parameters_that_multiply_and_tokens_for_its_flops(
+    shape: tuple[int, int, int], position: str
+) -> None:
+    layers, heads, head_dim = shape
+    model = CHOICES["pretrain"]["model"] | {"position": position}
+    sizes = [*CHOICES["sizes"], {"n_layer": layers, "n_head": heads, "head_dim": head_dim}]
+    choices = {"sizes": sizes, "budgets": [2e7, 4e8], "pretrain": CHOICES["pretrain"] | {"model": model}}
+    family, _ = expand(recipe(**choices), 10**9)
+    member = family[-1]
+    width = heads * head_dim
+    # Matrices and biases of a block, its two norms, the last norm, and the embedding that is the head as well.
+    by_hand = layers * (12 * width**2 + 13 * width) + 2 * width + 263 * width
+    assert member.parameters == by_hand
+    assert member.tokens == member.recipe.steps * 4 * 16
+    assert 6 * by_hand * member.tokens == pytest.approx(member.budget, rel=0.5 / member.recipe.steps)
+    assert member.recipe.warmup_steps == round(0.1 * member.recipe.steps)
+    assert member.recipe.eval_steps == member.recipe.steps
+
+
+def test_what_a_family_leaves_out_it_names() -> None:
+    sizes = [*CHOICES["sizes"], {"n_layer": 4, "n_head": 6, "head_dim": 16}]
+    choices = recipe(sizes=sizes, budgets=[1e7, 2e7, 4e7], tokens_per_parameter=[0.015, 1], passes=0.55)
+    family, left_out = expand(choices, 2000)
+    assert len(family) + len(left_out) == 12
+    reasons = "\n".join(left_out)
+    assert "steps, under min_steps 2" in reasons
+    assert "tokens a parameter, outside 0.015 to 1" in reasons
+    assert "passes over the text of 2,000 tokens, over 0.55" in reasons
+    assert all(0.015 <= member.tokens / member.parameters <= 1 and member.tokens <= 1100 for member in family)
+
+
+@pytest.mark.parametrize("name", ["scaling-mini", "scaling-gpu"])
+def test_the_presets_make_families_worth_fitting(name: str) -> None:
+    family, _ = expand(load_recipe(Scaling, name), 10**10)
+    assert len(family) >= 20 and len({member.parameters for member in family}) >= 7
+    per_budget = [sum(member.budget == budget for member in family) for budget in load_recipe(Scaling, name).budgets]
+    assert min(per_budget) >= 4
+
+
+def test_a_family_is_trained_once_and_may_grow(
+    trained: tuple[Path, dict[str, Any]], text: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out, record = trained
+    assert len(record["trainings"]) == 6 and record["text"] == ["documents.txt"]
+    for training in record["trainings"]:
+        assert 3 < training["loss"] < 6 and training["seconds"] > 0
+    assert json.loads((out / "scaling.json").read_text())["law"] == record["law"]
+    assert not list(out.glob("runs/*/checkpoint-*")) and len(list(out.glob("runs/*/model"))) == 6
+    # The loss is that of the curve's end, on documents that were held out from training.
+    for folder in out.glob("runs/*"):
+        result = json.loads((folder / RESULT).read_text())
+        last = json.loads((folder / "curve.json").read_text())[-1]
+        assert result["loss"] == last["validation_loss"]
+        assert last["step"] * 4 * 16 == result["tokens"]
+    assert json.loads((out / "data" / "shards" / "manifest.json").read_text())["kept"] > 1
+    before = {path: path.stat().st_mtime_ns for path in out.glob(f"runs/*/{RESULT}")}
+    again = scaling(recipe(budgets=[2e7, 4e7, 3e7]), [text], out)
+    assert len(again["trainings"]) == 9
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert "6 of 9 trainings are there" in capfd.readouterr().err
+    with pytest.raises(UserError, match="another recipe or text"):
+        scaling(recipe(warmup_share=0.2), [text], out)
+
+
+def test_a_training_that_fails_takes_no_other_along(
+    trained: tuple[Path, dict[str, Any]], text: Path, tmp_path: Path
+) -> None:
+    choices = recipe(pretrain=CHOICES["pretrain"] | {"shards": str(trained[0] / "data" / "shards")})
+    broken = choices.model_copy(
+        update={"pretrain": choices.pretrain.model_copy(update={"validation": str(tmp_path / "late.txt")})}
+    )
+    with pytest.raises(WorkError, match=r"6 of 6 trainings, first: .*late\.txt.*run again"):
+        scaling(broken, [], tmp_path / "out")
+    (tmp_path / "late.txt").write_bytes(text.read_bytes())
+    assert len(scaling(broken, [], tmp_path / "out", workers=2)["trainings"]) == 6
+
+
+def test_figure_and_page_show_what_was_found(trained: tuple[Path, dict[str, Any]]) -> None:
+    out, record = trained
+    figure = draw(record)
+    sizes, losses, best, exponents = figure.axes
+    marked = [line for line in sizes.lines if line.get_marker() not in ("None", "x")]
+    drawn = sorted((float(x), float(y)) for line in marked for x, y in zip(*line.get_data(), strict=True))
+    assert drawn == sorted((each["parameters"], each["loss"]) for each in record["trainings"])
+    for axes in figure.axes:
+        assert axes.get_xlabel()
+    assert [axes.get_ylabel() for axes in (sizes, losses, best)] == [
+        "loss (nats per token)",
+        "loss (nats per token)",
+        "best number of parameters",
+    ]
+    assert [label.get_text() for label in exponents.get_yticklabels()][:2] == ["here", "Kaplan et al. 2020"]
+    page = markdown(record)
+    assert (out / "scaling.md").read_text().startswith("# Scaling law: tiny")
+    law = Law(**record["law"])
+    for each in record["trainings"]:
+        assert f"| {each['parameters']:,} | {each['tokens']:,} |" in page
+        assert f"| {each['loss']:.4f} | {law.loss(each['parameters'], each['tokens']):.4f} |" in page
+    assert re.search(r"\*\*Trust it (nowhere|from \S+ to \S+ FLOPs)\*\*: \w", page)
+    for name in ("scaling.png", "scaling.svg"):
+        assert (out / name).stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"budgets": [2e7]}, "3 trainings of 3 sizes, but a fit wants six or more"),
+        ({"passes": 1e-9}, "left out: .* passes over the text"),
+    ],
+)
+def test_too_small_a_family_is_refused_before_it_is_trained(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        expand(recipe(**changes), 10**6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"sizes": [{"n_layr": 1, "n_layer": 1, "n_head": 1}, *CHOICES["sizes"][1:]]},
+            "unknown key 'sizes.0.n_layr'; known here: n_layer, n_head",
+        ),
+        ({"sizes": CHOICES["sizes"][:2]}, "sizes is .*at least 3"),
+        ({"warmup_share": 0.8}, "warmup_share \\+ decay_share exceed 1"),
+        ({"pretrain": {"step": 3}}, "unknown key 'pretrain.step'"),
+    ],
+)
+def test_a_wrong_recipe_is_one_line(changes: dict[str, Any], said: str, tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(CHOICES | changes))
+    with pytest.raises(UserError, match=said) as error:
+        load_recipe(Scaling, tmp_path / "r.yaml")
+    assert "\n" not in str(error.value)
+
+
+def test_text_and_shards_do_not_go_together(text: Path, tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    result = CliRunner().invoke(
+        app, ["scaling", "--text", str(text), "--set", f"pretrain.shards={tmp_path}", "--out", str(tmp_path / "out")]
+    )
+    assert isinstance(result.exception, UserError) and "either --text" in str(result.exception)
