@@ -22,6 +22,7 @@ from pipeline.pretrain import new_model, pretrain, train_tokenizer
 from pipeline.recipe import Pretrain, Scaling, Size, parse_recipe
 from pipeline.shards import ShardBlocks
 from pipeline.texts import ASSETS, load_text
+from pipeline.training import world_size
 from plots import scaling as drawing
 from plots import style
 
@@ -69,8 +70,10 @@ def scaling(recipe: Scaling, files: Sequence[Path], out: Path, *, workers: int =
     The text is `files`, else the recipe's shards, else the embedded one. `out/data/` has its tokens, `out/runs/NAME/`
     each training with its `log.txt`, and `scaling.json`, `.md`, `.png` and `.svg` what came out; the first is returned.
     Sizes and budgets may be added later. Raises `UserError` for a family too small to fit, unusable text or an `out`
-    that holds another family; `WorkError` where trainings failed.
+    that holds another family, or under torchrun; `WorkError` where trainings failed.
     """
+    if world_size() > 1:
+        raise UserError("scaling: each training is one process; start it without torchrun, with --workers for several")
     with RunFolder(out).locked(), disk_errors(out):
         _same_family(recipe, files, out)
         template = recipe.pretrain if recipe.pretrain.shards else _prepared(recipe.pretrain, files, out / "data")
