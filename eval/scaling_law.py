@@ -1,8 +1,7 @@
 """How loss falls with parameters and tokens: L(N, D) = E + A / N^alpha + B / D^beta, fitted to finished trainings.
 
 Hoffmann et al. 2022 (arXiv 2203.15556), section 3.3, "approach 3", with what Besiroglu et al. 2024 (arXiv 2404.10102)
-mended: the losses' errors are added up, not averaged (or the search stops early), and intervals are bootstrapped.
-Everywhere C = 6 N D, in FLOPs.
+mended: the losses' errors are added up, not averaged, or the search stops early. Everywhere C = 6 N D, in FLOPs.
 """
 
 import itertools
@@ -11,6 +10,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+from scipy.optimize import minimize
+from threadpoolctl import threadpool_limits
 
 FLOPS = 6
 """Of one parameter and one token, forward and backward."""
@@ -19,6 +20,11 @@ TRUSTED_ERROR, TRUSTED_SPREAD = 0.01, 2.0
 """What a fit without the largest budget may miss its losses by, and the widest interval of a best size, high over low,
 where a fit is still called trustworthy."""
 RESAMPLES = 400
+_FAR = 200
+"""The logarithm of what stands for any larger number: laws of odd resamples reach beyond what a float can hold."""
+_EXPONENTS = (0.01, 3.0)
+"""Where exponents are searched; a law at an end of it is no power law any more."""
+_FEWEST_HELD_OUT = 3
 _STARTS = 40
 _SEED = 20220329
 
@@ -45,15 +51,17 @@ class Law:
 
     def best_size(self, flops: np.ndarray | float) -> np.ndarray:
         """That number of parameters (Hoffmann et al. 2022, equation 4)."""
-        return self._scale * (np.asarray(flops, dtype=float) / FLOPS) ** self.size_exponent
+        log_size = self._log_scale + self.size_exponent * np.log(np.asarray(flops, dtype=float) / FLOPS)
+        return np.exp(np.clip(log_size, 0, _FAR))
 
     def flops_of(self, parameters: float) -> float:
         """The FLOPs whose best size is so many parameters."""
-        return float(FLOPS * (parameters / self._scale) ** (1 / self.size_exponent))
+        log_pairs = (np.log(parameters) - self._log_scale) / self.size_exponent
+        return float(FLOPS * np.exp(np.clip(log_pairs, 0, _FAR)))
 
     @property
-    def _scale(self) -> float:
-        return float((self.alpha * self.A / (self.beta * self.B)) ** (1 / (self.alpha + self.beta)))
+    def _log_scale(self) -> float:
+        return float(np.log(self.alpha * self.A) - np.log(self.beta * self.B)) / (self.alpha + self.beta)
 
     def best_loss(self, flops: np.ndarray | float) -> np.ndarray:
         """The loss at that number."""
@@ -77,14 +85,14 @@ PUBLISHED = (
     Published("Hoffmann et al. 2022, approach 2", 0.49, "arXiv 2203.15556, table 2"),
     Published(
         "Hoffmann et al. 2022, approach 3",
-        0.46,
+        0.46,  # of the unrounded exponents: those of the law beside it give 0.452
         "arXiv 2203.15556, table 2 and equation 10",
         Law(1.69, 406.4, 410.7, 0.34, 0.28),
     ),
     Published(
         "Besiroglu et al. 2024, approach 3 again",
         0.51,
-        "arXiv 2404.10102, section 3",
+        "arXiv 2404.10102",
         Law(1.8172, 482.01, 2085.43, 0.3478, 0.3658),
     ),
 )
@@ -213,22 +221,28 @@ def _trusted(
     where the best size is uncertain, or smaller or larger than all that were trained. `to` is `from` for nowhere.
     """
     budgets = sorted({training["budget"] for training in trainings})
-    smallest, largest = (end(training["parameters"] for training in trainings) for end in (min, max))
+    sizes = [training["parameters"] for training in trainings]
+    begin = max(budgets[0], law.flops_of(min(sizes)))
     if held_out is None:
         ends = [(budgets[-1], "too few trainings are left without the largest budget to try the fit on it")]
+    elif held_out["trainings"] < _FEWEST_HELD_OUT:
+        ends = [(budgets[-1], "the largest budget has too few trainings to try the fit on")]
     elif held_out["error"] > TRUSTED_ERROR:
         ends = [(budgets[-1], f"without the largest budget the fit misses its losses by {held_out['error']:.1%}")]
     else:
         step = budgets[-1] / budgets[-2]
         foreseen = f"the fit to the smaller budgets foresaw losses at {step:.3g} times their FLOPs"
         ends = [(budgets[-1] * step, f"{foreseen} to {held_out['error']:.1%}, and nothing was tried further")]
-    begin = max(budgets[0], law.flops_of(smallest))
     wide = flops[(best_sizes[1] / best_sizes[0] > TRUSTED_SPREAD) & (flops >= begin)]
     ends += [
         (each, f"from there on the best size's interval is wider than a factor of {TRUSTED_SPREAD:g}")
         for each in wide[:1]
     ]
-    ends.append((law.flops_of(largest), "from there on the best size is larger than any that was trained"))
+    ends.append((law.flops_of(max(sizes)), "from there on the best size is larger than any that was trained"))
+    if begin > budgets[-1]:
+        ends = [(begin, "the best size is smaller than any that was trained")]
+    if {law.alpha, law.beta} & set(_EXPONENTS):
+        ends = [(begin, "an exponent lies at the end of what was searched, so that these losses are no power law")]
     end, why = min(ends)
     return {"from": float(begin), "to": float(max(begin, end)), "why": why}
 
@@ -250,14 +264,9 @@ def _laws(parameters: Sequence[float], tokens: Sequence[float], losses: Sequence
     data = np.log(data)
     middle = data[:2].mean(axis=1)
     data[:2] -= middle[:, None]
-    first = _search(data, _starts(data))
-    changes = np.array([[0, 0, 0, 0, 0], [0, 0, 0, 0.2, 0], [0, 0, 0, 0, 0.2], [0, 0, -0.5, -0.1, -0.1]])
-    rng = np.random.default_rng(_SEED)
-    points = [first]
-    while len(points) <= resamples:
-        drawn = data[:, rng.integers(data.shape[1], size=data.shape[1])]
-        if min(len(np.unique(drawn[0])), len(np.unique(drawn[1]))) >= 3:
-            points.append(_search(drawn, first + changes))
+    # On several threads BLAS waits longer for them than it computes: these are vectors of five.
+    with threadpool_limits(1, "blas"):
+        points = _points(data, resamples)
     return [
         Law(
             E=float(np.exp(e)),
@@ -268,6 +277,19 @@ def _laws(parameters: Sequence[float], tokens: Sequence[float], losses: Sequence
         )
         for a, b, e, alpha, beta in points
     ]
+
+
+def _points(data: np.ndarray, resamples: int) -> list[np.ndarray]:
+    """What is searched, for all trainings and then for resamples; `data` is `[3, trainings]`, logarithms."""
+    first = _search(data, _starts(data))
+    changes = np.array([[0, 0, 0, 0, 0], [0, 0, 0, 0.2, 0], [0, 0, 0, 0, 0.2], [0, 0, -0.5, -0.1, -0.1]])
+    rng = np.random.default_rng(_SEED)
+    points = [first]
+    while len(points) <= resamples:
+        drawn = data[:, rng.integers(data.shape[1], size=data.shape[1])]
+        if min(len(np.unique(drawn[0])), len(np.unique(drawn[1]))) >= 3:
+            points.append(_search(drawn, first + changes))
+    return points
 
 
 def _starts(data: np.ndarray) -> np.ndarray:
@@ -281,11 +303,9 @@ def _starts(data: np.ndarray) -> np.ndarray:
 
 def _search(data: np.ndarray, starts: np.ndarray) -> np.ndarray:
     """The best end of L-BFGS from `starts`."""
-    from scipy.optimize import minimize
-
-    # No loss is below E; exponents beyond these are no power laws any more.
+    # No loss is below E.
     top = data[2].max()
-    bounds = [(top - 20, top), (top - 20, top), (top - 20, data[2].min()), (0.01, 3), (0.01, 3)]
+    bounds = [(top - 20, top), (top - 20, top), (top - 20, data[2].min()), _EXPONENTS, _EXPONENTS]
     ends = [minimize(_error, start, (data,), "L-BFGS-B", jac=True, bounds=bounds) for start in starts]
     return min(ends, key=lambda end: end.fun).x
 

@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -74,6 +74,24 @@ def sha256_file(path: Path) -> str:
     """The sha256 of a file, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def named_hashes(files: Iterable[Path]) -> list[list[str]]:
+    """`[name, sha256]` of each file. Raises `UserError` for one that cannot be read."""
+    try:
+        return [[path.name, sha256_file(path)] for path in files]
+    except OSError as error:
+        raise UserError(f"{error.filename}: {error.strerror}; give a readable text file") from error
+
+
+def refuse_other_choices(choices: dict[str, Any], path: Path, what: str) -> None:
+    """Raise `UserError` if `path` keeps other choices than these, of a `what` that was begun there before."""
+    try:
+        begun = json.loads(path.read_text(encoding="utf-8")) if path.exists() else choices
+    except ValueError as error:
+        raise UserError(f"{path}: damaged; give another --out or delete the {what}") from error
+    if begun != choices:
+        raise UserError(f"{path.parent}: holds a {what} with another recipe or text; give another --out or delete it")
 
 
 def sha256_tree(folder: Path) -> dict[str, str]:

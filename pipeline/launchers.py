@@ -123,8 +123,10 @@ class Local:
         process = self.context.Process(target=_report, args=(self.do, task, writer))
         if self.stopped:
             return "stopped"
-        self.running.add(process)
         process.start()
+        self.running.add(process)
+        if self.stopped:
+            process.terminate()
         writer.close()
         try:
             return reader.recv()

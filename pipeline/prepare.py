@@ -181,7 +181,7 @@ def _write(corpus: Sequence[Source], journal: Journal, out: Path, choices: dict[
     for writer in writers.values():
         writer.finish()
     if not state.tokens["train"]:
-        raise UserError(f"{out}: no text to train on was left; give more text and another --out")
+        raise UserError(f"{out}: all documents were held out or left out; give more documents and another --out")
     progress.show("all", last=True)
 
 

@@ -1,7 +1,6 @@
 """Train CompactGPT2 from scratch with the Hugging Face `Trainer`: tokenizer, shards, model, curve."""
 
 import contextlib
-import json
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,7 +14,7 @@ from transformers import PreTrainedTokenizerFast, TrainingArguments, set_seed
 from eval.errors import UserError
 from eval.results import save_json
 from pipeline import hardware
-from pipeline.artifacts import RunFolder, disk_errors, replace_folder, sha256_file
+from pipeline.artifacts import RunFolder, disk_errors, named_hashes, refuse_other_choices, replace_folder
 from pipeline.checkpoint import save_model
 from pipeline.data import TokenBlocks, encode_many, read_text, tokenize_dataset
 from pipeline.model import CompactGPT2LMHeadModel
@@ -62,7 +61,7 @@ def _pretrain(recipe: Pretrain, files: Sequence[Path], out: Path, validation_tex
     with args.main_process_first(local=False):
         tokenizer, blocks = _data(recipe, files, out)
     if shards and validation_text is None:
-        held_out = _shard_blocks(recipe, shards, "val", len(tokenizer))
+        held_out = shard_blocks(recipe, shards, "val", len(tokenizer))
         validation = TokenBlocks(np.stack([held_out[i] for i in range(min(recipe.eval_blocks, len(held_out)))]))
     else:
         validation = tokenize_dataset(validation_text, tokenizer, recipe.model.n_positions)
@@ -198,8 +197,8 @@ def _data(recipe: Pretrain, files: Sequence[Path], out: Path) -> tuple[Any, Toke
         return tokenizer, _blocks(recipe, files, tokenizer, out)
     shards = Path(recipe.shards)
     tokenizer = _shard_tokenizer(recipe, shards)
-    train = _shard_blocks(recipe, shards, "train", len(tokenizer))
-    _same_choices(recipe, _deciding(shards), out)
+    train = shard_blocks(recipe, shards, "train", len(tokenizer))
+    _same_choices(recipe, deciding_files(shards), out)
     return tokenizer, ShuffledBlocks(train, recipe.seed, rank(), world_size())
 
 
@@ -217,23 +216,14 @@ def _same_choices(recipe: Pretrain, files: Sequence[Path], out: Path) -> None:
         "spike",
         "rollbacks",
     }
-    try:
-        texts = {path.name: sha256_file(path) for path in files}
-    except OSError as error:
-        raise UserError(f"{error.filename}: {error.strerror}; give a readable text file") from error
-    choices = recipe.model_dump(mode="json", exclude=free | {"shards"}) | {"files": texts}
+    choices = recipe.model_dump(mode="json", exclude=free | {"shards"}) | {"files": named_hashes(files)}
     path = out / "pretrain.json"
-    try:
-        begun = json.loads(path.read_text(encoding="utf-8")) if path.exists() else choices
-    except ValueError as error:
-        raise UserError(f"{path}: damaged; give another --out or delete the training") from error
-    if begun != choices:
-        raise UserError(f"{out}: holds a training with another recipe or text; give another --out or delete it")
+    refuse_other_choices(choices, path, "training")
     if is_main_process():
         save_json(choices, path)
 
 
-def _deciding(shards: Path) -> list[Path]:
+def deciding_files(shards: Path) -> list[Path]:
     """The files that tell shards from others: their manifest, or all, if they are another's."""
     if read_manifest(shards) is not None:
         return [shards / MANIFEST]
@@ -256,7 +246,8 @@ def _shard_tokenizer(recipe: Pretrain, shards: Path) -> Any:
     return tokenizer
 
 
-def _shard_blocks(recipe: Pretrain, shards: Path, split: str, vocab_size: int) -> ShardBlocks:
+def shard_blocks(recipe: Pretrain, shards: Path, split: str, vocab_size: int) -> ShardBlocks:
+    """The blocks of a folder's `train` or `val` shards. Raises `UserError` where they hold none."""
     blocks = ShardBlocks(prepared_shards(shards, split), recipe.model.n_positions, vocab_size)
     if not len(blocks):
         raise UserError(

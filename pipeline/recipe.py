@@ -276,11 +276,11 @@ class Scaling(Strict):
     sizes: Annotated[list[Size], Field(min_length=3)]
     budgets: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1)]
     """FLOPs, of 6 for each parameter and token: each size is trained on as many tokens as a budget has for it."""
-    tokens_per_parameter: tuple[float, float] = (0.5, 500)
+    tokens_per_parameter: tuple[float, float] = (0.5, 250)
     """Combinations with fewer or more are left out."""
     passes: Annotated[float, Field(gt=0)] = 4
-    """Ones that would read the text more often as well: from here on repeated text is worth less than new (Muennighoff
-    et al. 2023, section 6)."""
+    """Ones that would read the text more often as well: from here on repeated text is worth noticeably less than new
+    (Muennighoff et al. 2023, section 6)."""
     min_steps: Positive = 100
     """Ones of fewer steps as well."""
     warmup_share: Annotated[float, Field(ge=0, le=1)] = 0.1

@@ -1,14 +1,13 @@
 """A family of trainings from scratch, and the scaling law that they follow."""
 
 import json
-import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -16,21 +15,23 @@ from eval.errors import UserError, WorkError
 from eval.results import save_json, save_text
 from eval.scaling_law import FLOPS, examine
 from pipeline import hardware, launchers
-from pipeline.artifacts import RunFolder, disk_errors, git_commit, sha256_file, versions
-from pipeline.prepare import TOKENIZER, prepare, prepared_shards
-from pipeline.pretrain import new_model, pretrain, train_tokenizer
-from pipeline.recipe import Pretrain, Scaling, Size, parse_recipe
-from pipeline.shards import ShardBlocks
-from pipeline.texts import ASSETS, load_text
-from pipeline.training import world_size
+from pipeline.artifacts import RunFolder, disk_errors, git_commit, named_hashes, refuse_other_choices, versions
+from pipeline.data import sha256_text
+from pipeline.prepare import TOKENIZER, prepare
+from pipeline.pretrain import deciding_files, new_model, pretrain, shard_blocks, train_tokenizer
+from pipeline.recipe import Pretrain, PretrainModel, Scaling, Size, parse_recipe
+from pipeline.texts import load_text
+from pipeline.training import drop_checkpoints, world_size
+from pipeline.wikitext import DOCUMENT_MARK
 from plots import scaling as drawing
 from plots import style
 
 RESULT, RECORD = "result.json", "scaling.json"
-EMBEDDED = ASSETS / "wikitext-2" / "train.txt"
 _SHARD_TOKENS = 100_000_000
 _HELD_OUT = 100
 """One document of so many is."""
+_MOST_HELD_OUT = 0.1
+"""The share of the tokens that this may come to: few long documents would leave little to train on."""
 
 
 @dataclass(frozen=True)
@@ -74,16 +75,28 @@ def scaling(recipe: Scaling, files: Sequence[Path], out: Path, *, workers: int =
     """
     if world_size() > 1:
         raise UserError("scaling: each training is one process; start it without torchrun, with --workers for several")
+    if recipe.pretrain.max_bytes is not None:
+        raise UserError("recipe: pretrain.max_bytes has no meaning here: budgets say how much text is read")
     with RunFolder(out).locked(), disk_errors(out):
-        _same_family(recipe, files, out)
+        family_file, kept = out / "family.json", _kept(recipe, files)
+        refuse_other_choices(kept, family_file, "family")
         template = recipe.pretrain if recipe.pretrain.shards else _prepared(recipe.pretrain, files, out / "data")
         at_hand = _tokens(template)
         family, left_out = expand(recipe.model_copy(update={"pretrain": template}), at_hand)
-        for reason in left_out:
-            print(f"scaling: left out: {reason}", file=sys.stderr)
-        _train(family, out / "runs", workers)
-        trainings = [_result(out / "runs" / member.name) | {"budget": member.budget} for member in family]
+        save_json(kept, family_file)
+        for why in left_out:
+            print(f"scaling: left out: {why}", file=sys.stderr)
+        failed = _train(family, out / "runs", workers)
+        trainings = [
+            _result(out / "runs" / member.name) | {"budget": member.budget}
+            for member in family
+            if member.name not in failed
+        ]
         print("scaling: fitting, and again to resamples for the intervals", file=sys.stderr)
+        try:
+            found = examine(trainings, recipe.resamples)
+        except ValueError as error:
+            raise WorkError(f"{error}; {_failures(failed)}") from error
         record = {
             "name": recipe.name,
             "machine": {"cpu": hardware.cpu(), "gpu": hardware.gpu()},
@@ -93,13 +106,15 @@ def scaling(recipe: Scaling, files: Sequence[Path], out: Path, *, workers: int =
             "text": [path.name for path in files] or [recipe.pretrain.shards or "embedded:train"],
             "text_tokens": at_hand,
             "recipe": recipe.model_dump(mode="json"),
-            "left_out": left_out,
+            "left_out": left_out + [f"{name}: {why}" for name, why in failed.items()],
             "trainings": trainings,
-            **examine(trainings, recipe.resamples),
+            **found,
         }
         save_json(record, out / RECORD)
         style.save(drawing.draw(record), out, "scaling")
         save_text(drawing.markdown(record), out / "scaling.md")
+    if failed:
+        raise WorkError(f"{_failures(failed)}; {out}/scaling.* are of the others")
     return record
 
 
@@ -111,7 +126,8 @@ def expand(recipe: Scaling, at_hand: int) -> tuple[list[Member], list[str]]:
     family: dict[str, Member] = {}
     left_out = []
     for size in recipe.sizes:
-        shape = recipe.pretrain.model.model_copy(update=size.model_dump())
+        where = f"recipe {recipe.name}, size {size.n_layer} x {size.n_head} x {size.head_dim}"
+        shape = parse_recipe(PretrainModel, recipe.pretrain.model.model_dump() | size.model_dump(), where)
         with torch.device("meta"):
             model = new_model(recipe.pretrain.model_copy(update={"model": shape}))
         table = getattr(model.transformer, "wpe", None)
@@ -121,18 +137,21 @@ def expand(recipe: Scaling, at_hand: int) -> tuple[list[Member], list[str]]:
             steps = round(budget / (FLOPS * parameters * a_step))
             tokens = steps * a_step
             why = _why_not(recipe, parameters, tokens, steps, at_hand)
+            warmup = round(recipe.warmup_share * steps)
             if why:
                 left_out.append(f"{parameters:,} parameters at {budget:.3g} FLOPs: {why}")
                 continue
             chosen = recipe.pretrain.model_dump(mode="json") | {
                 "model": shape.model_dump(mode="json"),
                 "steps": steps,
-                "warmup_steps": round(recipe.warmup_share * steps),
-                "decay_steps": round(recipe.decay_share * steps),
+                "warmup_steps": warmup,
+                "decay_steps": min(round(recipe.decay_share * steps), steps - warmup),
                 "eval_steps": steps,
             }
-            member = Member(size, budget, parameters, tokens, parse_recipe(Pretrain, chosen))
-            family[member.name] = member
+            member = Member(size, budget, parameters, tokens, parse_recipe(Pretrain, chosen, where))
+            if member.name in family:
+                left_out.append(f"{parameters:,} parameters at {budget:.3g} FLOPs: as many steps as at another budget")
+            family.setdefault(member.name, member)
     members = list(family.values())
     sizes, lengths = {each.parameters for each in members}, {each.tokens for each in members}
     if len(members) < 6 or len(sizes) < 3 or len(lengths) < 3:
@@ -155,65 +174,73 @@ def _why_not(recipe: Scaling, parameters: int, tokens: int, steps: int, at_hand:
     return None
 
 
-def _same_family(recipe: Scaling, files: Sequence[Path], out: Path) -> None:
-    """Refuse to mix two families in one folder; sizes, budgets and what is left out may change."""
-    try:
-        texts = {path.name: sha256_file(path) for path in files}
-    except OSError as error:
-        raise UserError(f"{error.filename}: {error.strerror}; give a readable text file") from error
-    kept = recipe.model_dump(mode="json", include={"pretrain", "warmup_share", "decay_share"}) | {"files": texts}
-    path = out / "family.json"
-    try:
-        begun = json.loads(path.read_text(encoding="utf-8")) if path.exists() else kept
-    except ValueError as error:
-        raise UserError(f"{path}: damaged; give another --out or delete the family") from error
-    if begun != kept:
-        raise UserError(f"{out}: holds a family with another recipe or text; give another --out or delete it")
-    save_json(kept, path)
+def _kept(recipe: Scaling, files: Sequence[Path]) -> dict[str, Any]:
+    """What all trainings of a family have in common; sizes, budgets and what is left out may change."""
+    shards, validation = recipe.pretrain.shards, recipe.pretrain.validation
+    texts = [*files, *(deciding_files(Path(shards)) if shards else [])]
+    return recipe.model_dump(mode="json", include={"pretrain", "warmup_share", "decay_share"}) | {
+        "files": named_hashes(texts),
+        "validation": sha256_text(load_text(validation)) if validation else None,
+    }
 
 
 def _prepared(template: Pretrain, files: Sequence[Path], folder: Path) -> Pretrain:
     """The template on shards of the text, made by a tokenizer of the text; the embedded text if there is no other."""
-    texts = list(files) or [EMBEDDED]
     folder.mkdir(exist_ok=True)
+    validation = template.validation or (None if files else "embedded:valid")
+    texts = list(files)
+    if not texts:
+        # As it is judged: with rows joined WikiText's way.
+        texts = [folder / "embedded.txt"]
+        save_text(load_text("embedded:train"), texts[0])
     train_tokenizer(template, texts, folder)
-    prepare(
-        [str(path) for path in texts],
+    manifest = prepare(
+        [str(path.absolute()) for path in texts],
         folder / "shards",
         folder / TOKENIZER,
         workers=hardware.cpu()["cores"],
         shard_tokens=_SHARD_TOKENS,
-        validation_every=_HELD_OUT if files else 0,
+        validation_every=0 if validation else _HELD_OUT,
         style=template.style,
     )
-    judged = template.validation or (None if files else "embedded:valid")
-    return template.model_copy(update={"shards": str((folder / "shards").absolute()), "validation": judged})
+    held_out = sum(shard["tokens"] for shard in manifest["shards"] if shard["split"] == "val")
+    if held_out > _MOST_HELD_OUT * manifest["tokens"]:
+        raise UserError(
+            f"the text has {manifest['kept']} documents, and the ones held out are {held_out / manifest['tokens']:.0%} "
+            f"of it; part them by {DOCUMENT_MARK}, or --set pretrain.validation=FILE, with another --out"
+        )
+    return template.model_copy(update={"shards": str((folder / "shards").absolute()), "validation": validation})
 
 
 def _tokens(template: Pretrain) -> int:
-    shards = prepared_shards(Path(str(template.shards)), "train")
-    blocks = ShardBlocks(shards, template.model.n_positions, template.model.vocab_size)
-    return len(blocks) * template.model.n_positions
+    """How many tokens there are to train on. Raises `UserError` where they, or those to judge by, fill no block."""
+    shards, vocab_size = Path(str(template.shards)), template.model.vocab_size
+    if template.validation is None:
+        shard_blocks(template, shards, "val", vocab_size)
+    return len(shard_blocks(template, shards, "train", vocab_size)) * template.model.n_positions
 
 
-def _train(family: Sequence[Member], runs: Path, workers: int) -> None:
-    """Train what is not trained, the longest first, so that none is left alone at the end."""
-    waiting = sorted(
-        (member for member in family if not (runs / member.name / RESULT).exists()), key=lambda each: -each.flops
-    )
-    if len(waiting) < len(family):
-        print(f"scaling: {len(family) - len(waiting)} of {len(family)} trainings are there", file=sys.stderr)
+def _train(family: Sequence[Member], runs: Path, workers: int) -> dict[str, str]:
+    """Train what is not trained, the longest first, so that none is left alone at the end; why some failed, by name."""
+    done = [member for member in family if (runs / member.name / RESULT).exists()]
+    for member in done:
+        _result(runs / member.name)  # which says so now if it was damaged
+        drop_checkpoints(runs / member.name)  # a kill may have come before they went
+    waiting = sorted((member for member in family if member not in done), key=lambda each: -each.flops)
+    if done:
+        print(f"scaling: {len(done)} of {len(family)} trainings are there", file=sys.stderr)
     threads = max(1, hardware.cpu()["cores"] // workers)
     tasks = [Training(member, runs / member.name, threads) for member in waiting]
     began, all_flops = time.monotonic(), sum(member.flops for member in waiting)
-    done_flops, failures = 0, []
+    done_flops = 0
+    failed: dict[str, str] = {}
 
     def note(number: int, failure: str | None) -> None:
         nonlocal done_flops
         member = waiting[number]
         done_flops += member.flops
         if failure is not None:
-            failures.append(failure)
+            failed[member.name] = failure
             ended = f"failed: {failure}"
         else:
             ended = f"loss {_result(runs / member.name)['loss']:.4f}"
@@ -228,10 +255,12 @@ def _train(family: Sequence[Member], runs: Path, workers: int) -> None:
     if waiting:
         print(f"scaling: {len(waiting)} trainings, {all_flops:.3g} FLOPs, {workers} at a time", file=sys.stderr)
         launchers.each(launchers.Local(train, "pipeline.scaling"), tasks, workers, note)
-    if failures:
-        raise WorkError(
-            f"{len(failures)} of {len(waiting)} trainings, first: {failures[0]}; run again to try them again"
-        )
+    return failed
+
+
+def _failures(failed: Mapping[str, str]) -> str:
+    first = "".join(f", first {name}: {why}" for name, why in list(failed.items())[:1])
+    return f"{len(failed)} trainings failed{first}; the same command tries them again"
 
 
 def train(task: Training) -> str | None:
@@ -244,8 +273,6 @@ def _one(task: Training) -> None:
     recipe = member.recipe
     pretrain(recipe, [], task.folder, load_text(recipe.validation) if recipe.validation else None)
     curve = json.loads((task.folder / "curve.json").read_text(encoding="utf-8"))
-    for checkpoint in task.folder.glob("checkpoint-*"):
-        shutil.rmtree(checkpoint)
     result = {
         **member.size.model_dump(),
         "parameters": member.parameters,
@@ -254,6 +281,7 @@ def _one(task: Training) -> None:
         "seconds": _seconds(curve, member.tokens // recipe.steps),
     }
     save_json(result, task.folder / RESULT)
+    drop_checkpoints(task.folder)
 
 
 def _seconds(curve: Sequence[Mapping[str, float]], a_step: int) -> float:
@@ -268,6 +296,11 @@ def _seconds(curve: Sequence[Mapping[str, float]], a_step: int) -> float:
 def _result(folder: Path) -> dict[str, Any]:
     path = folder / RESULT
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: damaged; delete {folder}") from error
+        result = json.loads(path.read_text(encoding="utf-8"))
+        return result if {"parameters", "tokens", "loss", "seconds"} <= result.keys() else _damaged(path)
+    except (OSError, ValueError, AttributeError):
+        return _damaged(path)
+
+
+def _damaged(path: Path) -> NoReturn:
+    raise UserError(f"{path}: damaged; delete {path.parent}, and it is trained again")

@@ -217,10 +217,12 @@ class Rollbacks:
 
 
 def drop_checkpoints(folder: Path) -> None:
-    """Delete a training's checkpoints; cut off in between, those that are left are whole or known not to be."""
-    for state in folder.glob(f"checkpoint-*/{TRAINER_STATE_NAME}"):
-        state.unlink()
-    shutil.rmtree(folder)
+    """Delete the checkpoints in `folder`; cut off in between, those that are left are whole or known not to be."""
+    checkpoints = list(folder.glob("checkpoint-*"))
+    for checkpoint in checkpoints:
+        (checkpoint / TRAINER_STATE_NAME).unlink(missing_ok=True)
+    for checkpoint in checkpoints:
+        shutil.rmtree(checkpoint)
 
 
 def run(trainer: ResumingTrainer, name: str, spike: float | None = None) -> list[dict[str, float]]:
@@ -298,4 +300,4 @@ def train(
     trainer = kind(model=model.float(), args=args, train_dataset=blocks, data_collator=collate, **extra)
     trainer.add_callback(Clock())
     curve = run(trainer, "finetune")
-    return curve, next(log["seconds"] for log in reversed(trainer.state.log_history) if "seconds" in log)
+    return curve, next((log["seconds"] for log in reversed(trainer.state.log_history) if "seconds" in log), 0.0)

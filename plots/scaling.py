@@ -22,7 +22,7 @@ def draw(record: Record) -> "Figure":
         note = (
             "C = 6 N D. Left above: points are trainings, lines the fitted law, crosses bottoms of parabolas through "
             "one budget's points, which know nothing of the law. Bands and bars: 95 % of bootstrap resamples. "
-            f"Dotted: not to be trusted. It is {_trust(record['trusted'])}: {record['trusted']['why']}."
+            f"Trust the law {_trust(record['trusted'])}: {record['trusted']['why']}. Dotted: outside that."
         )
         figure = style.frame(f"Scaling law: {record['name']}", 6.6, note)
         (sizes, losses), (best, exponents) = figure.subplots(2, 2)
@@ -117,7 +117,11 @@ def markdown(record: Record) -> str:
     published = ", ".join(f"{each.size_exponent:.2f} ({each.name}; {each.source})" for each in PUBLISHED)
     lines += [
         "",
-        f"Published a: {published}. E, A and B depend on text and tokenizer: only the exponents compare.",
+        f"Published a: {published}.",
+        "",
+        "E, A and B depend on text and tokenizer, the exponents less so. N counts the embedding, as Hoffmann et al. do "
+        "and Kaplan et al. do not; in the smallest models it is most of N. Batch and learning rates are the same for "
+        "all sizes.",
         "",
         f"**Trust it {_trust(trusted)}**: {trusted['why']}.",
         "",
@@ -160,9 +164,10 @@ def _best(record: Record) -> list[str]:
     lines = []
     for flops in (*budgets, 10 * budgets[-1]):
         low, high = (at(flops, values) for values in frontier["parameters_interval"])
+        mark = "" if record["trusted"]["from"] <= flops <= record["trusted"]["to"] else " (not to be trusted)"
         bottom = f"{bottoms[flops]:,.0f}" if flops in bottoms else "–"
         lines.append(
-            f"| {flops:.2g} | {at(flops, frontier['parameters']):,.0f} | {low:,.0f} to {high:,.0f} | {bottom} "
+            f"| {flops:.2g}{mark} | {at(flops, frontier['parameters']):,.0f} | {low:,.0f} to {high:,.0f} | {bottom} "
             f"| {at(flops, frontier['loss']):.3f} |"
         )
     return lines

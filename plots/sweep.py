@@ -58,21 +58,22 @@ def markdown(lines: Sequence[tuple[str, ...]]) -> str:
 
 def smallest(points: Sequence[tuple[Choices, Results | str]]) -> str | None:
     """In a sentence, the smallest point whose perplexity after fine-tuning is within `AIM` of the dense model's that
-    was fine-tuned alike, or the nearest to it; `None` where no point has that control arm."""
+    was fine-tuned alike, or the nearest to it; `None` where no point has that control arm, or all are of one size."""
     judged = []
     for choices, found in points:
         pair = finetuned_pair(found) if isinstance(found, Results) else None
         if pair is not None and isinstance(found, Results):
             parameters = next(row.parameters for row in found.rows if row.stage == "finetune") or 0
             judged.append((parameters, pair[0].perplexity / pair[1].perplexity, choices, found))
-    if not judged:
+    if len({parameters for parameters, *_ in judged}) < 2:
         return None
     within = [each for each in judged if each[1] <= AIM]
     best = min(within, key=lambda each: each[:2]) if within else min(judged, key=lambda each: each[1])
     parameters, ratio, choices, found = best
     quantized = int8_row(found)
     size = f", {megabytes(quantized.bytes_on_disk)} MB in {quantized.precision.upper()}" if quantized else ""
-    point = f"{_series(choices, list(choices))}: {millions(parameters)} parameters{size}, {ratio:.3f} × its perplexity"
+    name = _series(choices, list(choices))
+    point = f"{name}: {millions(parameters)} parameters{size}, {ratio:.3f} × its perplexity after fine-tuning"
     aim = f"within {AIM} × the perplexity of the dense model fine-tuned alike"
     return f"The smallest model {aim} is {point}." if within else f"No point is {aim}; the nearest is {point}."
 

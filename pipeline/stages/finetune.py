@@ -1,5 +1,6 @@
 """Fine-tune: recover what pruning cost, with the Hugging Face `Trainer` on FP32 master weights."""
 
+import shutil
 from typing import Any
 
 from pipeline.artifacts import CHECKPOINTS
@@ -77,6 +78,7 @@ def _build(job: Job, *, plain: bool) -> dict[str, Any]:
     to_half(model)
     save_model(model, tokenizer, job.out / "model_fp16")
     drop_checkpoints(checkpoints)
+    shutil.rmtree(checkpoints)
     return {
         "curve": curve,
         "training_seconds": round(seconds, 3),

@@ -122,18 +122,44 @@ def with_one_large_budget(found: list[dict[str, float]]) -> list[dict[str, float
     return [each for each in found if each["budget"] == BUDGETS[-1]] + found[:1]
 
 
+def two_at_the_largest(found: list[dict[str, float]]) -> list[dict[str, float]]:
+    return found[:-3]
+
+
 @pytest.mark.parametrize(
     ("change", "noise", "end", "said"),
     [
         (worse_at_the_largest, 0.0, 3e18, "without the largest budget the fit misses"),
         (only_small_ones, 0.0, 3e18, "larger than any that was trained"),
         (with_one_large_budget, 0.0, 3e18, "too few trainings are left"),
+        (two_at_the_largest, 0.0, 3e18, "the largest budget has too few trainings"),
         (list, 0.03, 9e18, "interval is wider than a factor of 2"),
     ],
 )
 def test_trust_ends_sooner_where_something_speaks_against_it(change: Any, noise: float, end: float, said: str) -> None:
     trusted = examine(change(trainings(noise=noise)), resamples=40)["trusted"]
     assert trusted["to"] <= end * 1.001 and said in trusted["why"]
+
+
+def test_nothing_is_trusted_where_all_were_larger_than_the_best() -> None:
+    found = []
+    for budget in BUDGETS:
+        for parameters in (1e10, 2e10, 4e10, 8e10):
+            tokens = budget / FLOPS / parameters
+            loss = float(CHINCHILLA.loss(parameters, tokens))
+            found.append({"parameters": parameters, "tokens": tokens, "loss": loss, "budget": budget})
+    trusted = examine(found, resamples=5)["trusted"]
+    assert trusted["to"] == trusted["from"] and "smaller than any that was trained" in trusted["why"]
+
+
+def test_odd_laws_stay_numbers() -> None:
+    for law in (Law(3, 1, 1, 1.0, 0.01), Law(3, 1e40, 1e-9, 0.01, 0.01), Law(1e-9, 1e-9, 1e45, 3, 3)):
+        values = [
+            law.flops_of(1e6),
+            *law.best_size(np.geomspace(1e10, 1e25, 5)),
+            *law.best_loss(np.geomspace(1e10, 1e25, 5)),
+        ]
+        assert np.isfinite(values).all()
 
 
 @pytest.mark.parametrize(

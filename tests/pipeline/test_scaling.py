@@ -2,17 +2,23 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
 from eval.errors import UserError, WorkError
 from eval.scaling_law import Law
 from pipeline.cli import app
+from pipeline.data import encode
+from pipeline.pretrain import shard_blocks
 from pipeline.recipe import Scaling, load_recipe, parse_recipe
-from pipeline.scaling import RESULT, expand, scaling
+from pipeline.scaling import RESULT, _prepared, expand, scaling
+from pipeline.texts import load_text
+from pipeline.tokenizer import load_tokenizer
 from pipeline.wikitext import DOCUMENT_MARK
 from plots.scaling import draw, markdown
 
@@ -86,12 +92,34 @@ def test_what_a_family_leaves_out_it_names() -> None:
     assert all(0.015 <= member.tokens / member.parameters <= 1 and member.tokens <= 1100 for member in family)
 
 
-@pytest.mark.parametrize("name", ["scaling-mini", "scaling-gpu"])
-def test_the_presets_make_families_worth_fitting(name: str) -> None:
-    family, _ = expand(load_recipe(Scaling, name), 10**10)
-    assert len(family) >= 20 and len({member.parameters for member in family}) >= 7
-    per_budget = [sum(member.budget == budget for member in family) for budget in load_recipe(Scaling, name).budgets]
-    assert min(per_budget) >= 4
+@pytest.mark.parametrize(
+    ("name", "at_hand", "least"),
+    [("scaling-mini", 1_500_000, 3), ("scaling-mini", 6_000_000, 4), ("scaling-gpu", 10**10, 4)],
+)
+def test_the_presets_make_families_worth_fitting(name: str, at_hand: int, least: int) -> None:
+    recipe = load_recipe(Scaling, name)
+    family, _ = expand(recipe, at_hand)
+    assert len(family) >= 19 and len({member.parameters for member in family}) >= 7
+    assert min(sum(member.budget == budget for member in family) for budget in recipe.budgets) >= least
+
+
+def test_the_embedded_text_is_judged_as_it_is_read(tmp_path: Path) -> None:
+    template = load_recipe(Scaling, "scaling-mini").pretrain
+    prepared = _prepared(template, [], tmp_path / "data")
+    shards = Path(str(prepared.shards))
+    train = shard_blocks(prepared, shards, "train", 1024)
+    seen = set(np.unique(np.concatenate([train[i] for i in range(len(train))])).tolist())
+    judged = encode(load_text(str(prepared.validation)), load_tokenizer(shards / "tokenizer"))
+    assert len(judged) > 100_000 and len(seen) > 900
+    assert np.mean([token not in seen for token in judged.tolist()]) < 1e-4
+
+
+def test_text_of_few_documents_is_not_half_held_out(tiny_texts: dict[str, Path], text: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="all documents were held out"):
+        scaling(recipe(), [tiny_texts["train"]], tmp_path / "one")
+    with pytest.raises(UserError, match=r"2 documents.*held out are \d+% of it; part them by"):
+        scaling(recipe(), [tiny_texts["train"], tiny_texts["calibration"]], tmp_path / "two")
+    assert not (tmp_path / "two" / "family.json").exists()  # so that the mended command can use the folder
 
 
 def test_a_family_is_trained_once_and_may_grow(
@@ -119,17 +147,24 @@ def test_a_family_is_trained_once_and_may_grow(
         scaling(recipe(warmup_share=0.2), [text], out)
 
 
-def test_a_training_that_fails_takes_no_other_along(
-    trained: tuple[Path, dict[str, Any]], text: Path, tmp_path: Path
-) -> None:
-    choices = recipe(pretrain=CHOICES["pretrain"] | {"shards": str(trained[0] / "data" / "shards")})
-    broken = choices.model_copy(
-        update={"pretrain": choices.pretrain.model_copy(update={"validation": str(tmp_path / "late.txt")})}
+def test_a_training_that_fails_takes_no_other_along(trained: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    choices = recipe(
+        budgets=[2e7, 4e7, 3e7], pretrain=CHOICES["pretrain"] | {"shards": str(trained[0] / "data" / "shards")}
     )
-    with pytest.raises(WorkError, match=r"6 of 6 trainings, first: .*late\.txt.*run again"):
-        scaling(broken, [], tmp_path / "out")
-    (tmp_path / "late.txt").write_bytes(text.read_bytes())
-    assert len(scaling(broken, [], tmp_path / "out", workers=2)["trainings"]) == 6
+    family, _ = expand(choices, 10**4)
+    broken = tmp_path / "out" / "runs" / family[-1].name / "pretrain.json"
+    broken.parent.mkdir(parents=True)
+    broken.write_text("{")
+    with pytest.raises(WorkError, match=rf"1 trainings failed, first {family[-1].name}: .*damaged.*are of the others"):
+        scaling(choices, [], tmp_path / "out", workers=2)
+    record = json.loads((tmp_path / "out" / "scaling.json").read_text())
+    assert len(record["trainings"]) == 8 and family[-1].name in record["left_out"][-1]
+    broken.unlink()
+    (tmp_path / "out" / "runs" / family[0].name / RESULT).write_text("[]")
+    with pytest.raises(UserError, match=rf"{family[0].name}/result.json: damaged; delete"):
+        scaling(choices, [], tmp_path / "out")
+    shutil.rmtree(tmp_path / "out" / "runs" / family[0].name)
+    assert len(scaling(choices, [], tmp_path / "out", workers=2)["trainings"]) == 9
 
 
 def test_figure_and_page_show_what_was_found(trained: tuple[Path, dict[str, Any]]) -> None:
@@ -187,6 +222,22 @@ def test_a_wrong_recipe_is_one_line(changes: dict[str, Any], said: str, tmp_path
     with pytest.raises(UserError, match=said) as error:
         load_recipe(Scaling, tmp_path / "r.yaml")
     assert "\n" not in str(error.value)
+
+
+def test_what_cannot_be_trained_on_is_one_line(text: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "tokenizer").mkdir()
+    (tmp_path / "empty" / "tokenizer" / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match="no val shard holds a block"):
+        scaling(recipe(pretrain=CHOICES["pretrain"] | {"shards": str(tmp_path / "empty")}), [], tmp_path / "out")
+    with pytest.raises(UserError, match=r"nothing.txt: No such file"):
+        scaling(recipe(), [tmp_path / "nothing.txt"], tmp_path / "out")
+    with pytest.raises(UserError, match="max_bytes has no meaning"):
+        scaling(recipe(pretrain=CHOICES["pretrain"] | {"max_bytes": 10}), [text], tmp_path / "out")
+    model = CHOICES["pretrain"]["model"] | {"n_kv_head": 2, "n_head": 2}
+    grouped = recipe(pretrain=CHOICES["pretrain"] | {"model": model}, sizes=CHOICES["sizes"][::-1])
+    with pytest.raises(UserError, match=r"size 1 x 3 x 8.*n_kv_head is 2: give a divisor of n_head 3"):
+        expand(grouped, 10**6)
 
 
 def test_text_and_shards_do_not_go_together(text: Path, tmp_path: Path) -> None:

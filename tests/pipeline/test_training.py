@@ -164,8 +164,9 @@ def test_a_cut_off_checkpoint_is_not_used(student, blocks, tmp_path: Path) -> No
     assert last_checkpoint(tmp_path / "a") == str(tmp_path / "a" / "checkpoint-6")
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["checkpoint-4", "checkpoint-6"]
     assert last_checkpoint(tmp_path / "nothing") is None
+    (tmp_path / "a" / "kept.json").write_text("{}")
     drop_checkpoints(tmp_path / "a")
-    assert not (tmp_path / "a").exists()
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["kept.json"]
 
 
 def test_nothing_of_a_teacher_without_weight(student, teacher, blocks, tmp_path: Path) -> None:
