@@ -233,11 +233,13 @@ def _trusted(
         step = budgets[-1] / budgets[-2]
         foreseen = f"the fit to the smaller budgets foresaw losses at {step:.3g} times their FLOPs"
         ends = [(budgets[-1] * step, f"{foreseen} to {held_out['error']:.1%}, and nothing was tried further")]
-    wide = flops[(best_sizes[1] / best_sizes[0] > TRUSTED_SPREAD) & (flops >= begin)]
-    ends += [
-        (each, f"from there on the best size's interval is wider than a factor of {TRUSTED_SPREAD:g}")
-        for each in wide[:1]
-    ]
+    inside = flops >= begin
+    wide = inside & (best_sizes[1] / best_sizes[0] > TRUSTED_SPREAD)
+    if wide.any():
+        first = np.argmax(wide)
+        # What is wide at the first point that was looked at was so before it.
+        at = begin if first == np.argmax(inside) else float(flops[first])
+        ends.append((at, f"from there on the best size's interval is wider than a factor of {TRUSTED_SPREAD:g}"))
     ends.append((law.flops_of(max(sizes)), "from there on the best size is larger than any that was trained"))
     if begin > budgets[-1]:
         ends = [(begin, "the best size is smaller than any that was trained")]

@@ -146,7 +146,7 @@ def markdown(record: Record) -> str:
 
 def _trust(trusted: Mapping[str, Any]) -> str:
     low, high = trusted["from"], trusted["to"]
-    return f"from {low:.2g} to {high:.2g} FLOPs" if low < high else "nowhere"
+    return f"from {low:.2g} to {high:.2g} FLOPs" if low < high else f"nowhere, not even from {low:.2g} FLOPs on"
 
 
 def _best(record: Record) -> list[str]:

@@ -65,7 +65,7 @@ def smallest(points: Sequence[tuple[Choices, Results | str]]) -> str | None:
         if pair is not None and isinstance(found, Results):
             parameters = next(row.parameters for row in found.rows if row.stage == "finetune") or 0
             judged.append((parameters, pair[0].perplexity / pair[1].perplexity, choices, found))
-    if len({parameters for parameters, *_ in judged}) < 2:
+    if not judged or len({parameters for parameters, *_ in judged}) == 1 < len(judged):
         return None
     within = [each for each in judged if each[1] <= AIM]
     best = min(within, key=lambda each: each[:2]) if within else min(judged, key=lambda each: each[1])

@@ -24,7 +24,7 @@ VERBS = [command.callback.__name__ for command in app.registered_commands if com
 def test_the_verbs() -> None:
     chain = ["run", "load", "half", "prune", "finetune", "quantize"]
     judging = ["evaluate", "compare", "generate", "bench", "profile", "report"]
-    assert [*chain, "sweep", *judging, "export", "pretrain", "doctor", "probe"] == VERBS
+    assert [*chain, "sweep", *judging, "export", "pretrain", "scaling", "doctor", "probe"] == VERBS
 
 
 @pytest.mark.parametrize("verb", ["", *VERBS])

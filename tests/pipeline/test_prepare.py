@@ -255,7 +255,7 @@ def test_a_finished_folder(corpus: Path, tokenizer: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize("content", [b"", b" \n", MARK.encode() * 3, b"\xff\xfe", b"one document, held out"])
 def test_nothing_to_train_on(content: bytes, tokenizer: Path, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(content)
-    with pytest.raises(UserError, match="no text to train on was left"):
+    with pytest.raises(UserError, match="all documents were held out or left out"):
         make(tmp_path / "a.txt", tmp_path / "out", tokenizer)
 
 

@@ -1,10 +1,11 @@
 """Recipes: every key and value is checked before work starts, and each mistake is one clear line."""
 
 import pytest
+import yaml
 from pydantic import ValidationError
 
 from eval.errors import UserError
-from pipeline.recipe import RECIPES, Pretrain, Recipe, load_recipe, parse_recipe
+from pipeline.recipe import RECIPES, Pretrain, Recipe, Scaling, load_recipe, parse_recipe
 
 
 @pytest.fixture
@@ -25,7 +26,8 @@ def _message(caught) -> str:
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_preset_loads(path):
-    kind = Pretrain if "steps:" in path.read_text().split("finetune:")[0] else Recipe
+    kinds = {"budgets": Scaling, "steps": Pretrain}
+    kind = next((kind for key, kind in kinds.items() if key in yaml.safe_load(path.read_text())), Recipe)
     assert load_recipe(kind, path.stem) == load_recipe(kind, path)
     assert load_recipe(kind, path.stem).name == path.stem
 

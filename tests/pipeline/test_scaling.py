@@ -122,9 +122,7 @@ def test_text_of_few_documents_is_not_half_held_out(tiny_texts: dict[str, Path],
     assert not (tmp_path / "two" / "family.json").exists()  # so that the mended command can use the folder
 
 
-def test_a_family_is_trained_once_and_may_grow(
-    trained: tuple[Path, dict[str, Any]], text: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_family_and_what_is_kept_of_it(trained: tuple[Path, dict[str, Any]]) -> None:
     out, record = trained
     assert len(record["trainings"]) == 6 and record["text"] == ["documents.txt"]
     for training in record["trainings"]:
@@ -138,33 +136,32 @@ def test_a_family_is_trained_once_and_may_grow(
         assert result["loss"] == last["validation_loss"]
         assert last["step"] * 4 * 16 == result["tokens"]
     assert json.loads((out / "data" / "shards" / "manifest.json").read_text())["kept"] > 1
+
+
+def test_a_family_may_grow_and_one_that_fails_takes_no_other_along(
+    trained: tuple[Path, dict[str, Any]], text: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out, more = tmp_path / "out", recipe(budgets=[2e7, 4e7, 3e7])
+    shutil.copytree(trained[0], out)
     before = {path: path.stat().st_mtime_ns for path in out.glob(f"runs/*/{RESULT}")}
-    again = scaling(recipe(budgets=[2e7, 4e7, 3e7]), [text], out)
-    assert len(again["trainings"]) == 9
-    assert {path: path.stat().st_mtime_ns for path in before} == before
+    broken = expand(more, 10**4)[0][-1].name
+    (out / "runs" / broken).mkdir()
+    (out / "runs" / broken / "pretrain.json").write_text("{")
+    with pytest.raises(WorkError, match=rf"1 trainings failed, first {broken}: .*damaged.*are of the others"):
+        scaling(more, [text], out, workers=2)
     assert "6 of 9 trainings are there" in capfd.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    record = json.loads((out / "scaling.json").read_text())
+    assert len(record["trainings"]) == 8 and broken in record["left_out"][-1]
+    (out / "runs" / broken / "pretrain.json").unlink()
+    first = next(iter(before))
+    first.write_text("[]")
+    with pytest.raises(UserError, match=rf"{first.parent.name}/result.json: damaged; delete"):
+        scaling(more, [text], out)
+    shutil.rmtree(first.parent)
+    assert len(scaling(more, [text], out, workers=2)["trainings"]) == 9
     with pytest.raises(UserError, match="another recipe or text"):
         scaling(recipe(warmup_share=0.2), [text], out)
-
-
-def test_a_training_that_fails_takes_no_other_along(trained: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
-    choices = recipe(
-        budgets=[2e7, 4e7, 3e7], pretrain=CHOICES["pretrain"] | {"shards": str(trained[0] / "data" / "shards")}
-    )
-    family, _ = expand(choices, 10**4)
-    broken = tmp_path / "out" / "runs" / family[-1].name / "pretrain.json"
-    broken.parent.mkdir(parents=True)
-    broken.write_text("{")
-    with pytest.raises(WorkError, match=rf"1 trainings failed, first {family[-1].name}: .*damaged.*are of the others"):
-        scaling(choices, [], tmp_path / "out", workers=2)
-    record = json.loads((tmp_path / "out" / "scaling.json").read_text())
-    assert len(record["trainings"]) == 8 and family[-1].name in record["left_out"][-1]
-    broken.unlink()
-    (tmp_path / "out" / "runs" / family[0].name / RESULT).write_text("[]")
-    with pytest.raises(UserError, match=rf"{family[0].name}/result.json: damaged; delete"):
-        scaling(choices, [], tmp_path / "out")
-    shutil.rmtree(tmp_path / "out" / "runs" / family[0].name)
-    assert len(scaling(choices, [], tmp_path / "out", workers=2)["trainings"]) == 9
 
 
 def test_figure_and_page_show_what_was_found(trained: tuple[Path, dict[str, Any]]) -> None:
@@ -188,7 +185,7 @@ def test_figure_and_page_show_what_was_found(trained: tuple[Path, dict[str, Any]
     for each in record["trainings"]:
         assert f"| {each['parameters']:,} | {each['tokens']:,} |" in page
         assert f"| {each['loss']:.4f} | {law.loss(each['parameters'], each['tokens']):.4f} |" in page
-    assert re.search(r"\*\*Trust it (nowhere|from \S+ to \S+ FLOPs)\*\*: \w", page)
+    assert re.search(r"\*\*Trust it (nowhere, not even from \S+ FLOPs on|from \S+ to \S+ FLOPs)\*\*: \w", page)
     for name in ("scaling.png", "scaling.svg"):
         assert (out / name).stat().st_size > 10_000
 

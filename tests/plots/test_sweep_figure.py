@@ -86,15 +86,16 @@ def test_the_smallest_that_is_good_enough() -> None:
     failed = ({"prune.mlp": 0.9, "prune.layers": 1}, "failed: x")
     answer = (
         "The smallest model within 1.05 × the perplexity of the dense model fine-tuned alike is "
-        "prune.mlp=0.25, prune.layers=1: 6.00 M parameters, 8.61 MB in INT8, 1.050 × its perplexity."
+        "prune.mlp=0.25, prune.layers=1: 6.00 M parameters, 8.61 MB in INT8, 1.050 × its perplexity after fine-tuning."
     )
     assert sweep.smallest([*points, failed]) == answer
     figure = sweep.draw(points)
     assert figure is not None and "6.00 M parameters" in " ".join(figure.texts[-1].get_text().split())
     assert sweep.smallest(points[2:]) == (
         "No point is within 1.05 × the perplexity of the dense model fine-tuned alike; the nearest is "
-        "prune.mlp=0.5, prune.layers=1: 5.00 M parameters, 8.61 MB in INT8, 1.050 × its perplexity."
+        "prune.mlp=0.5, prune.layers=1: 5.00 M parameters, 8.61 MB in INT8, 1.050 × its perplexity after fine-tuning."
     )
+    assert sweep.smallest([points[0], points[0]]) is None  # a sweep of something else than size
     for _, results in points:
         results.rows = [row for row in results.rows if row.stage != "control-finetune"]
     assert sweep.smallest([*points, failed]) is None
