@@ -24,7 +24,7 @@ def draw(record: Record) -> "Figure":
             "one budget's points, which know nothing of the law. Bands and bars: 95 % of bootstrap resamples. "
             f"Trust the law {_trust(record['trusted'])}: {record['trusted']['why']}. Dotted: outside that."
         )
-        figure = style.frame(f"Scaling law: {record['name']}", 6.6, note)
+        figure = style.frame(f"Scaling law: {record['name']}", 6.6, note, _handles(record))
         (sizes, losses), (best, exponents) = figure.subplots(2, 2)
         _sizes(sizes, record)
         _frontier(losses, record, "loss", "loss (nats per token)")
@@ -39,6 +39,13 @@ def draw(record: Record) -> "Figure":
         return figure
 
 
+def _handles(record: Record) -> list[Any]:
+    from matplotlib.lines import Line2D
+
+    budgets = sorted({training["budget"] for training in record["trainings"]})
+    return [Line2D([], [], linestyle="", label=f"{budget:.2g} FLOPs", **_budget(record, budget)) for budget in budgets]
+
+
 def _budget(record: Record, budget: float) -> dict[str, Any]:
     return style.series(sorted({training["budget"] for training in record["trainings"]}).index(budget))
 
@@ -50,7 +57,7 @@ def _sizes(axes: "Axes", record: Record) -> None:
     for budget in sorted({training["budget"] for training in record["trainings"]}):
         mine = sorted((t["parameters"], t["loss"]) for t in record["trainings"] if t["budget"] == budget)
         look = _budget(record, budget)
-        axes.plot(*zip(*mine, strict=True), **look, linestyle="", markersize=4.5, label=f"{budget:.2g}")
+        axes.plot(*zip(*mine, strict=True), **look, linestyle="", markersize=4.5)
         grid = np.geomspace(mine[0][0] / 1.15, mine[-1][0] * 1.15, 60)
         axes.plot(grid, law.loss(grid, budget / (FLOPS * grid)), color=look["color"], linewidth=1)
     for bottom in record["bottoms"]:
@@ -59,7 +66,6 @@ def _sizes(axes: "Axes", record: Record) -> None:
     axes.set_xlabel("parameters")
     axes.set_ylabel("loss (nats per token)")
     axes.grid()
-    axes.legend(title="FLOPs", fontsize=7.5, title_fontsize=8, frameon=False, ncols=2)
 
 
 def _frontier(axes: "Axes", record: Record, key: str, label: str) -> None:
