@@ -2,6 +2,7 @@
 
 import functools
 import os
+import re
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -195,13 +196,20 @@ def save(figure: "Figure", folder: Path, name: str) -> list[Path]:
             try:
                 figure.savefig(temporary, dpi=150, metadata=metadata)
                 if suffix == ".svg":
-                    drawing = temporary.read_text(encoding="utf-8")
+                    drawing = _named_clips(temporary.read_text(encoding="utf-8"), name)
                     temporary.write_text(drawing.replace("</style>", f"{_at_night()}</style>", 1), encoding="utf-8")
                 os.replace(temporary, path)
             finally:
                 temporary.unlink(missing_ok=True)
             paths.append(path)
     return paths
+
+
+def _named_clips(drawing: str, name: str) -> str:
+    """Clip paths by number: matplotlib hashes coordinates, whose last bits differ from one process to the next."""
+    for number, found in enumerate(dict.fromkeys(re.findall(r'<clipPath id="(p[0-9a-f]{10})"', drawing))):
+        drawing = drawing.replace(found, f"{name}-clip-{number}")
+    return drawing
 
 
 def _at_night() -> str:
