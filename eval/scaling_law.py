@@ -5,7 +5,7 @@ mended: the losses' errors are added up, not averaged, or the search stops early
 """
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -141,6 +141,16 @@ def parabola(parameters: Sequence[float], losses: Sequence[float]) -> tuple[floa
     return float(np.exp(bottom)), float(curve(bottom))
 
 
+def budgets_of(trainings: Sequence[Mapping[str, float]]) -> list[float]:
+    """The budgets that trainings are of, ascending."""
+    return sorted({training["budget"] for training in trainings})
+
+
+def enough(parameters: Collection[float], tokens: Collection[float]) -> bool:
+    """Whether these are six trainings or more, of three sizes and three lengths at least: five numbers are fitted."""
+    return len(parameters) >= 6 and min(len(set(parameters)), len(set(tokens))) >= 3
+
+
 def examine(trainings: Sequence[Mapping[str, float]], resamples: int = RESAMPLES) -> dict[str, Any]:
     """The law of finished trainings, and how far it can be trusted, as plain data.
 
@@ -156,7 +166,7 @@ def examine(trainings: Sequence[Mapping[str, float]], resamples: int = RESAMPLES
     """
     parameters, tokens, losses = _columns(trainings)
     law, *laws = _laws(parameters, tokens, losses, resamples)
-    budgets = sorted({training["budget"] for training in trainings})
+    budgets = budgets_of(trainings)
     flops = np.geomspace(budgets[0] / 2, 100 * budgets[-1], 60)
     best_sizes = np.stack(interval([each.best_size(flops) for each in laws]))
     best_losses = np.stack(interval([each.best_loss(flops) for each in laws]))
@@ -220,7 +230,7 @@ def _trusted(
     """As far beyond the trainings as the held-out budget lay beyond the rest, if the fit foresaw that one; but never
     where the best size is uncertain, or smaller or larger than all that were trained. `to` is `from` for nowhere.
     """
-    budgets = sorted({training["budget"] for training in trainings})
+    budgets = budgets_of(trainings)
     sizes = [training["parameters"] for training in trainings]
     begin = max(budgets[0], law.flops_of(min(sizes)))
     if held_out is None:
@@ -256,7 +266,7 @@ def _laws(parameters: Sequence[float], tokens: Sequence[float], losses: Sequence
     exponents, and the search quick), log E, alpha and beta.
     """
     data = np.array([parameters, tokens, losses], dtype=float)
-    if data.shape[1] < 6 or min(len(set(parameters)), len(set(tokens))) < 3:
+    if not enough(parameters, tokens):
         raise ValueError(
             f"{data.shape[1]} trainings of {len(set(parameters))} sizes and {len(set(tokens))} lengths; "
             "the fit wants six or more, of at least three of each"
@@ -289,7 +299,7 @@ def _points(data: np.ndarray, resamples: int) -> list[np.ndarray]:
     points = [first]
     while len(points) <= resamples:
         drawn = data[:, rng.integers(data.shape[1], size=data.shape[1])]
-        if min(len(np.unique(drawn[0])), len(np.unique(drawn[1]))) >= 3:
+        if enough(drawn[0], drawn[1]):
             points.append(_search(drawn, first + changes))
     return points
 

@@ -225,12 +225,16 @@ def _manifest(choices: dict[str, Any], journal: Journal, out: Path) -> dict[str,
     }
 
 
+def tokens_held_out(manifest: dict[str, Any]) -> int:
+    """How many tokens are there to judge by."""
+    return sum(shard["tokens"] for shard in manifest["shards"] if shard["split"] == "val")
+
+
 def summary(manifest: dict[str, Any]) -> str:
     """What a person wants to know of a preparation, in a few lines."""
-    held_out = sum(shard["tokens"] for shard in manifest["shards"] if shard["split"] == "val")
     lines = [
         f"{manifest['tokens']:,} tokens of {manifest['kept']:,} documents in {len(manifest['shards'])} shards; "
-        f"{held_out:,} tokens held out",
+        f"{tokens_held_out(manifest):,} tokens held out",
         f"left out: {manifest['duplicates']:,} duplicates, {manifest[EMPTY]:,} empty, "
         f"{manifest[BAD_ENCODING]:,} not UTF-8 text",
     ]

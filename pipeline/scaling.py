@@ -13,11 +13,11 @@ import torch
 
 from eval.errors import UserError, WorkError
 from eval.results import save_json, save_text
-from eval.scaling_law import FLOPS, examine
+from eval.scaling_law import FLOPS, enough, examine
 from pipeline import hardware, launchers
 from pipeline.artifacts import RunFolder, disk_errors, git_commit, named_hashes, refuse_other_choices, versions
 from pipeline.data import sha256_text
-from pipeline.prepare import TOKENIZER, prepare
+from pipeline.prepare import TOKENIZER, prepare, tokens_held_out
 from pipeline.pretrain import deciding_files, new_model, pretrain, shard_blocks, train_tokenizer
 from pipeline.recipe import Pretrain, PretrainModel, Scaling, Size, parse_recipe
 from pipeline.texts import load_text
@@ -153,11 +153,11 @@ def expand(recipe: Scaling, at_hand: int) -> tuple[list[Member], list[str]]:
                 left_out.append(f"{parameters:,} parameters at {budget:.3g} FLOPs: as many steps as at another budget")
             family.setdefault(member.name, member)
     members = list(family.values())
-    sizes, lengths = {each.parameters for each in members}, {each.tokens for each in members}
-    if len(members) < 6 or len(sizes) < 3 or len(lengths) < 3:
+    sizes = [each.parameters for each in members]
+    if not enough(sizes, [each.tokens for each in members]):
         reasons = f"; left out: {left_out[0]}" if left_out else ""
         raise UserError(
-            f"recipe {recipe.name}: {len(members)} trainings of {len(sizes)} sizes, but a fit wants six or more, "
+            f"recipe {recipe.name}: {len(members)} trainings of {len(set(sizes))} sizes, but a fit wants six or more, "
             f"of three sizes at least; give more sizes, budgets or text{reasons}"
         )
     return members, left_out
@@ -203,7 +203,7 @@ def _prepared(template: Pretrain, files: Sequence[Path], folder: Path) -> Pretra
         validation_every=0 if validation else _HELD_OUT,
         style=template.style,
     )
-    held_out = sum(shard["tokens"] for shard in manifest["shards"] if shard["split"] == "val")
+    held_out = tokens_held_out(manifest)
     if held_out > _MOST_HELD_OUT * manifest["tokens"]:
         raise UserError(
             f"the text has {manifest['kept']} documents, and the ones held out are {held_out / manifest['tokens']:.0%} "

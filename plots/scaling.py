@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from eval.scaling_law import FLOPS, PUBLISHED, Law
+from eval.scaling_law import FLOPS, PUBLISHED, Law, budgets_of
 from plots import style
+from plots.table import markdown_line
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -42,19 +43,19 @@ def draw(record: Record) -> "Figure":
 def _handles(record: Record) -> list[Any]:
     from matplotlib.lines import Line2D
 
-    budgets = sorted({training["budget"] for training in record["trainings"]})
+    budgets = budgets_of(record["trainings"])
     return [Line2D([], [], linestyle="", label=f"{budget:.2g} FLOPs", **_budget(record, budget)) for budget in budgets]
 
 
 def _budget(record: Record, budget: float) -> dict[str, Any]:
-    return style.series(sorted({training["budget"] for training in record["trainings"]}).index(budget))
+    return style.series(budgets_of(record["trainings"]).index(budget))
 
 
 def _sizes(axes: "Axes", record: Record) -> None:
     import numpy as np
 
     law = Law(**record["law"])
-    for budget in sorted({training["budget"] for training in record["trainings"]}):
+    for budget in budgets_of(record["trainings"]):
         mine = sorted((t["parameters"], t["loss"]) for t in record["trainings"] if t["budget"] == budget)
         look = _budget(record, budget)
         axes.plot(*zip(*mine, strict=True), **look, linestyle="", markersize=4.5)
@@ -112,14 +113,14 @@ def markdown(record: Record) -> str:
         "L(N, D) = E + A / N^alpha + B / D^beta, in nats a token; C = 6 N D. On average the fit misses a loss by "
         f"{record['error']:.2%}.",
         "",
-        f"| | here | 95 % interval | {' | '.join(each.name for each in with_laws)} |",
+        markdown_line(("", "here", "95 % interval", *(each.name for each in with_laws))),
         f"|---|---:|---:|{'---:|' * len(with_laws)}",
     ]
     for key, name in _NAMES.items():
         low, high = record["intervals"][key]
         others = [each.size_exponent if key == "size_exponent" else getattr(each.law, key) for each in with_laws]
-        cells = [f"{numbers[key]:.4g}", f"{low:.4g} to {high:.4g}", *(f"{other:.4g}" for other in others)]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+        here = (f"{numbers[key]:.4g}", f"{low:.4g} to {high:.4g}")
+        lines.append(markdown_line((name, *here, *(f"{other:.4g}" for other in others))))
     published = ", ".join(f"{each.size_exponent:.2f} ({each.name}; {each.source})" for each in PUBLISHED)
     lines += [
         "",
@@ -159,7 +160,7 @@ def _best(record: Record) -> list[str]:
     """The frontier at each budget, and ten times beyond the largest."""
     import numpy as np
 
-    budgets = sorted({training["budget"] for training in record["trainings"]})
+    budgets = budgets_of(record["trainings"])
     bottoms = {bottom["budget"]: bottom["parameters"] for bottom in record["bottoms"]}
     frontier = record["frontier"]
     grid = np.log(frontier["flops"])
