@@ -35,6 +35,7 @@ from pipeline.data import encode, sha256_text
 from pipeline.engines import load_engine
 from pipeline.engines.cuda import why_not as why_no_kernels
 from pipeline.engines.openvino import OpenVINOEngine
+from pipeline.openvino_runtime import computes_bf16
 from pipeline.recipe import Measure, Recipe, Tasks
 from pipeline.texts import load_text
 from pipeline.tokenizer import load_tokenizer
@@ -68,7 +69,7 @@ def subjects(stages: Mapping[str, Mapping[str, Any]]) -> list[Subject]:
     quantized = stages.get("quantize", {})
     no_gpu = hardware.why_no_gpu()
     no_kernels = why_no_kernels()
-    no_bf16 = None if hardware.cpu_has_bf16() else "this CPU has no bf16 units"
+    no_bf16 = None if not quantized or computes_bf16() else "this CPU has no bf16 units"
 
     def gpu(stage: str, folder: str, precision: str, role: str = "chain") -> Subject:
         return Subject(stage, folder, "torch", "cuda:0", precision, role, skipped=no_gpu)

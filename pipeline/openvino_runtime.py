@@ -1,5 +1,6 @@
 """OpenVINO, imported where it is used."""
 
+import functools
 import sys
 from typing import Any
 
@@ -21,3 +22,9 @@ def import_openvino() -> Any:
     except ImportError as error:
         raise UserError(f"openvino cannot be imported ({error}); pip install openvino==2026.4.1") from error
     return openvino
+
+
+@functools.cache
+def computes_bf16() -> bool:
+    """Whether OpenVINO computes in bf16 on this CPU: told to do so on another, it takes FP32 without a word."""
+    return "BF16" in import_openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")

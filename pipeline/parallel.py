@@ -20,7 +20,6 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from eval.errors import UserError, WorkError
-from pipeline import hardware
 from pipeline.model import CompactGPT2LMHeadModel
 from pipeline.optim import SplitOptimizer
 from pipeline.recipe import Pretrain
@@ -66,14 +65,14 @@ def lost_others(name: str) -> Iterator[None]:
 _CONNECTION = ("Connection closed by peer", "Connection reset", "Broken pipe", "gloo", "NCCL")
 
 
-def shard(model: CompactGPT2LMHeadModel) -> None:
+def shard(model: CompactGPT2LMHeadModel, dtype: torch.dtype | None) -> None:
     """Spread a model over the processes, in place (FSDP2: torch's `fully_shard`), a block at a time.
 
     Done here because accelerate does it on a GPU alone, where the tests could not follow. It computes in bf16
-    where the device has it, adds gradients in FP32, and keeps FP32 weights.
+    where that is the `dtype` of autocast, adds gradients in FP32, and keeps FP32 weights.
     """
-    half = hardware.autocast_dtype(model.device.type) is torch.bfloat16
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if half else None, reduce_dtype=torch.float32)
+    half = torch.bfloat16 if dtype is torch.bfloat16 else None
+    policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32)
     for block in model.transformer.h:
         fully_shard(block, mp_policy=policy)
     fully_shard(model, mp_policy=policy)  # the rest at once: the embedding and the head are one matrix

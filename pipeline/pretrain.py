@@ -113,7 +113,8 @@ def _trainer(
     """A fresh model and all that trains it."""
     set_seed(recipe.seed)
     model = new_model(recipe, tokenizer.eos_token_id)
-    kernel = attention_kernel(model.to(args.device), hardware.autocast_dtype(args.device.type))
+    dtype = hardware.autocast_dtype(args.device.type) if recipe.autocast else None
+    kernel = attention_kernel(model.to(args.device), dtype)
     if recipe.attention == "flash" and "flash" not in kernel:
         raise UserError(f"attention is flash, but SDPA chose {kernel} on {args.device}; set attention=any")
     tokens_per_step = recipe.batch_size * recipe.accumulation * recipe.model.n_positions
@@ -128,7 +129,7 @@ def _trainer(
         for block in model.transformer.h:
             block.compile()
     if recipe.parallel == "fsdp" and world_size() > 1:
-        shard(model)
+        shard(model, dtype)
     gpu = hardware.gpu()
     named = 1e12 * recipe.peak_tflops if recipe.peak_tflops else None
     peak = named or (hardware.peak_flops(gpu["name"]) if gpu else None)
@@ -154,6 +155,7 @@ def _arguments(recipe: Pretrain, out: Path, report_to: str) -> TrainingArguments
         out,
         hardware.default_device(),
         recipe.seed,
+        autocast=recipe.autocast,
         report_to=report_to,
         max_steps=recipe.steps,
         per_device_train_batch_size=recipe.batch_size,
@@ -207,6 +209,7 @@ def _same_choices(recipe: Pretrain, files: Sequence[Path], out: Path) -> None:
     free = {"steps", "decay_steps", "save_steps", "eval_steps", "log_steps"}
     free |= {
         "parallel",
+        "autocast",
         "checkpointing",
         "compile",
         "attention",

@@ -85,6 +85,9 @@ class Finetune(Strict):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     warmup_share: Annotated[float, Field(ge=0, le=1)] = 0.05
     save_steps: Positive = 100
+    autocast: bool = True
+    """Whether matrix products are in bf16 or fp16 where the device computes that natively; `false`: all in FP32, so
+    that losses are the same on CPUs with and without bf16 units."""
     distill: Distill | None = None
 
 
@@ -229,6 +232,8 @@ class Pretrain(Strict):
     """The longest that a step's gradient may be; 0: any."""
     checkpointing: bool = False
     """Whether blocks are computed again on the way back, which takes a third more time and little memory."""
+    autocast: bool = True
+    """As in `Finetune`."""
     compile: bool = False
     """Whether `torch.compile` compiles the blocks."""
     attention: Literal["any", "flash"] = "any"

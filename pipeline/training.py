@@ -48,12 +48,14 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def arguments(folder: Path, device: str, seed: int, *, report_to: str = "none", **choices: Any) -> TrainingArguments:
+def arguments(
+    folder: Path, device: str, seed: int, *, autocast: bool, report_to: str = "none", **choices: Any
+) -> TrainingArguments:
     """`TrainingArguments` with what every training here wants; `choices` adds the rest.
 
-    Master weights stay FP32; autocast is bf16 or fp16 where the device computes it natively.
+    Master weights stay FP32; `autocast` is to bf16 or fp16, where the device computes it natively.
     """
-    dtype = hardware.autocast_dtype(device)
+    dtype = hardware.autocast_dtype(device) if autocast else None
     on_cpu = device == "cpu"
     args = TrainingArguments(
         output_dir=str(folder),
@@ -281,6 +283,7 @@ def train(
         folder,
         device,
         seed,
+        autocast=choices.autocast,
         report_to=report_to,
         max_steps=choices.steps or -1,
         num_train_epochs=choices.epochs,

@@ -7,6 +7,7 @@
 
 import json
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,10 @@ from pipeline.data import TokenBlocks
 from pipeline.model import CompactGPT2LMHeadModel, from_gpt2
 
 VOCAB = 269
+
+# Whoever started the tests may ignore Ctrl-C (a shell does so for its background jobs), and all that they start
+# inherits that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def random_gpt2(seed: int = 0, **overrides: object) -> GPT2LMHeadModel:

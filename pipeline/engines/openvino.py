@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -10,14 +10,13 @@ import torch
 
 from eval.errors import UserError
 from pipeline.engines.paged import PagedRequest, page
-from pipeline.hardware import cpu_has_bf16
-from pipeline.openvino_runtime import IR_NAME, import_openvino
+from pipeline.openvino_runtime import IR_NAME, computes_bf16, import_openvino
 
 # OpenVINO's defaults are not FP32: it may compute in bf16, keep keys and values in 8 bits and quantise activations.
-_TRUE_FP32 = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
+TRUE_FP32 = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
 _HINTS: dict[str, dict[str, str]] = {
-    "fp32": _TRUE_FP32,
-    "fp16": _TRUE_FP32,
+    "fp32": TRUE_FP32,
+    "fp16": TRUE_FP32,
     "bf16": {"INFERENCE_PRECISION_HINT": "bf16"},
     "int8": {},
     "int4-int8": {},
@@ -61,13 +60,21 @@ class OpenVINOEngine:
         self._told: dict[str, float] = {}
 
     @classmethod
-    def from_folder(cls, folder: str | Path, *, precision: str | None = None, threads: int | None = None) -> Self:
+    def from_folder(
+        cls,
+        folder: str | Path,
+        *,
+        precision: str | None = None,
+        threads: int | None = None,
+        hints: Mapping[str, str] | None = None,
+    ) -> Self:
         """Load the IR in `folder`.
 
         `fp32` and `fp16` (weights stored as such) compute in true FP32, keys and values too; `bf16` computes
         an FP32 IR in bf16; `int8`, `int4-int8` (some matrices in 4 bits) and `w8a8` (activations too) run with
-        OpenVINO's defaults for this CPU. `None` takes what the IR holds. `threads` defaults to OpenVINO's
-        choice. `compute` tells what came to be in force.
+        OpenVINO's defaults for this CPU, which differ from one CPU to the next. `None` takes what the IR holds.
+        `threads` defaults to OpenVINO's choice. `hints` are OpenVINO's properties by name, in place of those of
+        the precision: `TRUE_FP32` gives the same arithmetic on any CPU. `compute` tells what came to be in force.
 
         Raises `UserError` where openvino is not installed, the folder holds no IR or a damaged one, the
         precision does not fit the IR, or the CPU has no bf16.
@@ -89,10 +96,10 @@ class OpenVINOEngine:
             held = _held_precision(core.read_model(xml))
             precision = precision or held
             _check_fits(folder, held, precision)
-            hints = {**options, **_HINTS[precision]}
+            chosen = {**options, **_HINTS[precision], **(hints or {})}
 
             def compile_ir(counting: bool) -> Any:
-                properties = {**hints, "PERF_COUNT": "YES" if counting else "NO"}
+                properties = {**chosen, "PERF_COUNT": "YES" if counting else "NO"}
                 return core.compile_model(page(core.read_model(xml)), "CPU", properties)
 
             return cls(compile_ir, precision=precision, context=config["n_positions"], vocab_size=config["vocab_size"])
@@ -194,7 +201,7 @@ def _check_fits(folder: Path, held: str, precision: str) -> None:
     fitting = ("fp32", "bf16") if held == "fp32" else (held,)
     if precision not in fitting:
         raise UserError(f"{folder}: holds {held} weights, which run as {' or '.join(fitting)}, not as {precision}")
-    if precision == "bf16" and not cpu_has_bf16():
+    if precision == "bf16" and not computes_bf16():
         raise UserError("this CPU has no bf16 instructions (AMX or AVX512-BF16); use precision fp32")
 
 

@@ -20,7 +20,10 @@ VERSION = 1
 
 def config(recipe: Recipe) -> dict[str, Any]:
     """The training choices (not how often it saves) and the seed."""
-    return {**recipe.finetune.model_dump(exclude={"save_steps"}), "seed": recipe.seed}
+    choices = recipe.finetune.model_dump(exclude={"save_steps"})
+    if choices["autocast"]:
+        del choices["autocast"]  # it came after others had made runs, which stay up to date
+    return {**choices, "seed": recipe.seed}
 
 
 def plain_config(recipe: Recipe) -> dict[str, Any]:

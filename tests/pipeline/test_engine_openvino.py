@@ -15,11 +15,10 @@ from eval.errors import UserError
 from pipeline import openvino_runtime
 from pipeline.engines import openvino as engine_module
 from pipeline.engines.openvino import OpenVINOEngine
-from pipeline.hardware import cpu_has_bf16
 from pipeline.inc import INCQuantizer
 from pipeline.model import CompactGPT2LMHeadModel
 from pipeline.openvino_export import export_openvino
-from pipeline.openvino_runtime import IR_NAME
+from pipeline.openvino_runtime import IR_NAME, computes_bf16
 
 pytest.importorskip("openvino")
 VOCAB, CONTEXT = 101, 37
@@ -139,7 +138,7 @@ def test_a_precision_that_does_not_fit_is_refused(irs: dict[str, Path], held: st
 
 @torch.no_grad()
 def test_bf16_runs_where_the_cpu_has_it(irs: dict[str, Path], model: CompactGPT2LMHeadModel) -> None:
-    if not cpu_has_bf16():
+    if not computes_bf16():
         with pytest.raises(UserError, match="no bf16"):
             OpenVINOEngine.from_folder(irs["fp32"], precision="bf16")
         return

@@ -13,6 +13,7 @@ from pipeline import hardware
 from pipeline.data import encode
 from pipeline.engines import load_engine
 from pipeline.measure import Measurer, subjects
+from pipeline.openvino_runtime import computes_bf16
 from pipeline.recipe import Recipe, load_recipe
 from pipeline.runner import Runner
 from pipeline.stages import STAGES
@@ -54,7 +55,7 @@ def test_the_rows_of_a_whole_run(finished_run: Path) -> None:
         absent = {"cuda:0": hardware.why_no_gpu(), "cpu": None}[row.device]
         if row.engine == "cuda" and absent is None:
             absent = "head_dim is 8; the kernels know 32, 64, 128"
-        if row.precision == "bf16" and not hardware.cpu_has_bf16():
+        if row.precision == "bf16" and not computes_bf16():
             absent = "this CPU has no bf16 units"
         assert row.skipped == absent, row.key
         assert (row.quality is None) == (absent is not None), row.key

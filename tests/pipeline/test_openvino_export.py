@@ -173,15 +173,15 @@ def test_missing_openvino_is_one_line(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_openvino_genai_runs_the_folder_with_its_own_tokenizer(tmp_path: Path, tiny_tokenizer) -> None:
     import openvino_genai
 
-    from pipeline.engines.openvino import OpenVINOEngine
+    from pipeline.engines.openvino import TRUE_FP32, OpenVINOEngine
 
     INCQuantizer.from_pretrained(uneven_model(vocab_size=len(tiny_tokenizer)), tiny_tokenizer).quantize(
         save_directory=tmp_path
     )
     text, count = "The river was named", 12
     options = openvino_genai.GenerationConfig(max_new_tokens=count, do_sample=False, ignore_eos=True)
-    written = openvino_genai.LLMPipeline(str(tmp_path), "CPU").generate(text, options)
-    engine = OpenVINOEngine.from_folder(tmp_path)
+    written = openvino_genai.LLMPipeline(str(tmp_path), "CPU", **TRUE_FP32).generate(text, options)
+    engine = OpenVINOEngine.from_folder(tmp_path, hints=TRUE_FP32)
     tokens = [engine.prefill(torch.tensor([tiny_tokenizer(text)["input_ids"]])).argmax(-1)]
     for _ in range(count - 1):
         tokens.append(engine.decode(tokens[-1]).argmax(-1))

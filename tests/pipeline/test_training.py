@@ -64,13 +64,12 @@ def test_it_learns_and_the_curve_says_so(student, blocks, tmp_path: Path) -> Non
     assert all(parameter.dtype == torch.float32 for parameter in trained.parameters())
 
 
-def test_the_first_loss_is_the_untouched_models(student, blocks, tmp_path: Path, monkeypatch) -> None:
+def test_the_first_loss_is_the_untouched_models(student, blocks, tmp_path: Path) -> None:
     # One step over all blocks in FP32: the curve's point can be computed by hand.
-    monkeypatch.setattr("pipeline.hardware.autocast_dtype", lambda device: None)
     student.config.resid_pdrop = student.config.embd_pdrop = student.config.attn_pdrop = 0.0
     still = CompactGPT2LMHeadModel(student.config)
     still.load_state_dict(student.state_dict())
-    _, curve = fit(still, blocks, tmp_path / "a", steps=1, batch_size=9)
+    _, curve = fit(still, blocks, tmp_path / "a", steps=1, batch_size=9, autocast=False)
     ids = torch.from_numpy(blocks.tokens.astype(np.int64))
     with torch.no_grad():
         logits = still.eval()(ids).logits
@@ -192,8 +191,7 @@ def test_a_teacher_alone_draws_the_student_to_itself(student, teacher, blocks, t
     assert curve[-1]["loss"] < curve[0]["loss"]
 
 
-def test_the_distillation_loss_by_hand(student, teacher, blocks, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("pipeline.hardware.autocast_dtype", lambda device: None)
+def test_the_distillation_loss_by_hand(student, teacher, blocks, tmp_path: Path) -> None:
     student.config.resid_pdrop = student.config.embd_pdrop = student.config.attn_pdrop = 0.0
     still = CompactGPT2LMHeadModel(student.config)
     still.load_state_dict(student.state_dict())
@@ -202,7 +200,8 @@ def test_the_distillation_loss_by_hand(student, teacher, blocks, tmp_path: Path,
     distill = Distill(temperature=temperature, weight=weight)
     padded = TokenBlocks(blocks.tokens, lengths=[17, 5, 17, 9, 17, 17, 2, 17, 11])
     # Three batches of three in one step: the mean must run over all their tokens.
-    _, curve = fit(still, padded, tmp_path / "a", teacher, steps=1, batch_size=3, accumulation=3, distill=distill)
+    changes = {"steps": 1, "batch_size": 3, "accumulation": 3, "distill": distill, "autocast": False}
+    _, curve = fit(still, padded, tmp_path / "a", teacher, **changes)
     hard = soft = count = 0.0
     for index, length in enumerate(padded.lengths or []):
         ids = torch.from_numpy(blocks.tokens[index].astype(np.int64))[None, :length]
