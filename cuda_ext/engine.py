@@ -85,7 +85,8 @@ class Engine:
         self.table = self._make_table()
         self._chunk = max(1, min(capacity, _CHUNK_ROWS // max_batch))
         size = ops.workspace_bytes(self.table, max_batch, self._chunk, self.device.type)
-        self.workspace = torch.zeros(size, dtype=torch.uint8, device=self.device)
+        self.workspace = torch.empty(size, dtype=torch.uint8, device=self.device)
+        self._counters = self._ints(ops.counters(self.table, max_batch, self.device.type))
         padded = (shape.vocabulary + 3) // 4 * 4  # the sampler reads four at once
         self._logits = torch.empty(max_batch, padded, device=self.device)[:, : shape.vocabulary]
         # Of each sequence: the token last read, its position, how many are cached.
@@ -273,7 +274,7 @@ class Engine:
         # Fixed in a graph, so for the longest context: a split without keys costs little.
         splits = max(1, min(32, self.context // _KEYS_PER_SPLIT))
         ops.decode(
-            self.table, self.workspace, self.cache, self._tokens[:batch], self._position[:batch],
+            self.table, self.workspace, self._counters, self.cache, self._tokens[:batch], self._position[:batch],
             self._lengths[:batch], self._logits[:batch], splits, self._dependent,
         )  # fmt: skip
 
@@ -404,6 +405,7 @@ class Engine:
         self._lengths[:batch] = lengths
         self._position[:batch] = lengths - 1
         self._batch, self._longest = batch, longest
+        self._counters.zero_()  # a decode that was broken off may have left some
 
     def _on_device(self, tokens: Tensor) -> Tensor:
         return tokens.to(self.device, torch.int32)

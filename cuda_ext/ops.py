@@ -30,7 +30,7 @@ def library(device: str) -> ctypes.CDLL:
             loaded = host_build.host_library(build.SOURCES)
         except host_build.HostBuildError as error:
             raise CudaExtError(str(error)) from error
-    for name in ("hr_workspace_bytes", "hr_layers", "hr_persistent_bytes", "hr_product_scratch_bytes"):
+    for name in ("hr_workspace_bytes", "hr_counters", "hr_layers", "hr_persistent_bytes", "hr_product_scratch_bytes"):
         getattr(loaded, name).restype = ctypes.c_int64
     for name in ("hr_error_text", "hr_product_way_name"):
         getattr(loaded, name).restype = ctypes.c_char_p
@@ -40,6 +40,11 @@ def library(device: str) -> ctypes.CDLL:
 def workspace_bytes(table: Tensor, batch: int, length: int, device: str) -> int:
     """Of the buffer that prefill and decode work in. `table`: packing.table's."""
     return int(library(device).hr_workspace_bytes(_pointer(table), batch, length))
+
+
+def counters(table: Tensor, batch: int, device: str) -> int:
+    """How many int32 of zeros decode wants beside the buffer that it works in; it leaves them zero."""
+    return int(library(device).hr_counters(_pointer(table), batch))
 
 
 def layers(table: Tensor, device: str) -> Tensor:
@@ -90,16 +95,19 @@ def prefill(
     )  # fmt: skip
 
 
-@torch.library.custom_op("headroom::decode", mutates_args=("workspace", "cache", "logits"))
+@torch.library.custom_op("headroom::decode", mutates_args=("workspace", "counters", "cache", "logits"))
 def decode(
-    table: Tensor, workspace: Tensor, cache: Tensor, tokens: Tensor, position: Tensor, lengths: Tensor,
-    logits: Tensor, splits: int, dependent: bool,
+    table: Tensor, workspace: Tensor, counters: Tensor, cache: Tensor, tokens: Tensor, position: Tensor,
+    lengths: Tensor, logits: Tensor, splits: int, dependent: bool,
 ) -> None:  # fmt: skip
-    """Run one token a sequence. `tokens`, `position`, `lengths` int32 [batch]; `logits` FP32 [batch, vocabulary]."""
-    _check([tokens, position, lengths], [logits])
+    """Run one token a sequence.
+
+    `tokens`, `position`, `lengths` int32 [batch]; `logits` FP32 [batch, vocabulary]; `counters` int32, zeros.
+    """
+    _check([tokens, position, lengths, counters], [logits])
     _run(
-        tokens.device, "hr_decode", table, workspace, tokens, position, lengths, tokens.shape[0], splits, logits,
-        logits.stride(0), int(dependent),
+        tokens.device, "hr_decode", table, workspace, counters, tokens, position, lengths, tokens.shape[0], splits,
+        logits, logits.stride(0), int(dependent),
     )  # fmt: skip
 
 

@@ -75,10 +75,14 @@ int hr_prefill(const int64_t* table, void* workspace, const int* tokens, const i
                    as_stream(stream));
 }
 
-int hr_decode(const int64_t* table, void* workspace, const int* tokens, const int* position, const int* lengths,
-              int batch, int splits, float* logits, int ld_logits, int dependent, void* stream) {
-    return decode(read(table), workspace, tokens, position, lengths, batch, splits, logits, ld_logits, dependent != 0,
-                  as_stream(stream));
+int64_t hr_counters(const int64_t* table, int batch) {
+    return static_cast<int64_t>(counter_count(read(table), batch));
+}
+
+int hr_decode(const int64_t* table, void* workspace, void* counters, const int* tokens, const int* position,
+              const int* lengths, int batch, int splits, float* logits, int ld_logits, int dependent, void* stream) {
+    return decode(read(table), workspace, static_cast<unsigned*>(counters), tokens, position, lengths, batch, splits,
+                  logits, ld_logits, dependent != 0, as_stream(stream));
 }
 
 int hr_sample(const float* logits, int ld_logits, int vocabulary, int batch, float temperature, int top_k, float top_p,

@@ -12,8 +12,9 @@ extern "C" {
 int64_t hr_workspace_bytes(const int64_t* table, int batch, int length);
 int hr_prefill(const int64_t* table, void* workspace, const int* tokens, const int* start, const int* lengths,
                const int* rows, int row_count, int batch, int length, float* logits, int ld_logits, void* stream);
-int hr_decode(const int64_t* table, void* workspace, const int* tokens, const int* position, const int* lengths,
-              int batch, int splits, float* logits, int ld_logits, int dependent, void* stream);
+int64_t hr_counters(const int64_t* table, int batch);  // how many hr_decode wants: uint32, zero before and after it
+int hr_decode(const int64_t* table, void* workspace, void* counters, const int* tokens, const int* position,
+              const int* lengths, int batch, int splits, float* logits, int ld_logits, int dependent, void* stream);
 int hr_sample(const float* logits, int ld_logits, int vocabulary, int batch, float temperature, int top_k, float top_p,
               uint64_t seed, int* step, int* tokens, void* stream);
 int hr_advance(int* tokens, int* position, int* lengths, int* step, int* finished, int* history, const int* stop,

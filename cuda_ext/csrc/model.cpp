@@ -14,7 +14,8 @@ int most_heads(const Model& model) {
     return most;
 }
 
-// The parts of the workspace, each 256-byte aligned.
+// The parts of the workspace, each 256-byte aligned. Where a part lies depends on `batch` and `length`: what one call
+// left there is another part to the next, so nothing may be expected to be there still.
 struct Workspace {
     float* x;          // the residual stream [rows, ld_width]
     half* normal;      // after LayerNorm [rows, ld_width]
@@ -22,7 +23,6 @@ struct Workspace {
     half* attention;   // [rows, heads * head_dim]
     half* inner;       // [rows, ld_inner]
     float* partial;    // of split attention
-    unsigned* counters;
     unsigned char* scratch;  // of cuBLASLt
     size_t bytes;
 
@@ -39,7 +39,6 @@ struct Workspace {
         carve(attention, rows * heads * model.head_dim);
         carve(inner, rows * model.ld_inner);
         carve(partial, static_cast<size_t>(batch) * heads * kMaxSplits * (model.head_dim + 2));
-        carve(counters, static_cast<size_t>(batch) * heads);
         carve(scratch, cublaslt_is_there() ? kCublasLtBytes : 0);
         bytes = static_cast<size_t>(next - static_cast<unsigned char*>(base));
     }
@@ -120,8 +119,8 @@ int head(const Model& model, const Workspace& w, const int* rows, int count, flo
     return run.error;
 }
 
-int decode_rows(const Model& model, const Workspace& w, const int* position, const int* lengths, int batch, int splits,
-                float* logits, int ld_logits, bool dependent, Stream stream) {
+int decode_rows(const Model& model, const Workspace& w, unsigned* counters, const int* position, const int* lengths,
+                int batch, int splits, float* logits, int ld_logits, bool dependent, Stream stream) {
     Sequence run;
     Matvec base{};
     base.x = w.x, base.ld_x = model.ld_width, base.epsilon = model.epsilon, base.rows = batch;
@@ -142,7 +141,7 @@ int decode_rows(const Model& model, const Workspace& w, const int* position, con
         Matvec qkv = from_residual(layer.ln1_gain, layer.ln1_bias, layer.qkv_weight, layer.qkv_bias, 3 * all);
         qkv.out = MatvecOut::kQkv, qkv.out_half = w.qkv, qkv.ld_out = all, qkv.cache = layer.cache, qkv.position = position;
         run(matvec(qkv, dependent, stream));
-        run(attention_decode(w.qkv, all, layer.cache, lengths, w.attention, all, batch, splits, w.partial, w.counters,
+        run(attention_decode(w.qkv, all, layer.cache, lengths, w.attention, all, batch, splits, w.partial, counters,
                              dependent, stream));
         to_residual(w.attention, all, layer.out_weight, layer.out_bias, all);
         Matvec fc = from_residual(layer.ln2_gain, layer.ln2_bias, layer.fc_weight, layer.fc_bias, model.inner);
@@ -178,20 +177,22 @@ int prefill(const Model& model, void* workspace, const int* tokens, const int* s
     return run.error;
 }
 
-int decode(const Model& model, void* workspace, const int* tokens, const int* position, const int* lengths, int batch,
-           int splits, float* logits, int ld_logits, bool dependent, Stream stream) {
+size_t counter_count(const Model& model, int batch) { return static_cast<size_t>(batch) * most_heads(model); }
+
+int decode(const Model& model, void* workspace, unsigned* counters, const int* tokens, const int* position,
+           const int* lengths, int batch, int splits, float* logits, int ld_logits, bool dependent, Stream stream) {
     const Workspace w(model, workspace, batch, 1);
     splits = std::clamp(splits, 1, kMaxSplits);
     Sequence run;
     run(embed(tokens, position, model.wte, model.wpe, w.x, batch, 1, model.context, model.ld_width, stream));
     if (batch <= kMatvecRows && matvec_shared_bytes(batch, model.width) <= kSharedAlways) {
-        run(decode_rows(model, w, position, lengths, batch, splits, logits, ld_logits, dependent, stream));
+        run(decode_rows(model, w, counters, position, lengths, batch, splits, logits, ld_logits, dependent, stream));
         return run.error;
     }
     for (const Layer& layer : model.layers) {
         const int all = layer.heads * model.head_dim;
         run(project(model, layer, w, position, nullptr, batch, 1, stream));
-        run(attention_decode(w.qkv, 3 * all, layer.cache, lengths, w.attention, all, batch, splits, w.partial, w.counters,
+        run(attention_decode(w.qkv, 3 * all, layer.cache, lengths, w.attention, all, batch, splits, w.partial, counters,
                              false, stream));
         run(add_attention(model, layer, w, batch, stream));
         run(feed_forward(model, layer, w, batch, stream));

@@ -30,7 +30,7 @@ struct Model {
     std::vector<Choice> choices;
 };
 
-// What a forward pass writes on its way, carved from one buffer that starts as zeros (the padding columns stay so).
+// What a forward pass writes on its way, carved from one buffer. It may hold anything before a call, and does after.
 size_t workspace_bytes(const Model& model, int batch, int length);
 
 // New tokens [batch, length] behind start[b] cached ones; lengths[b] of them count, the rest is padding on the right.
@@ -38,9 +38,12 @@ size_t workspace_bytes(const Model& model, int batch, int length);
 int prefill(const Model& model, void* workspace, const int* tokens, const int* start, const int* lengths,
             const int* rows, int row_count, int batch, int length, float* logits, int ld_logits, Stream stream);
 
+// How many arrival counters split attention has: a buffer of its own, zero before each call of `decode` and after.
+size_t counter_count(const Model& model, int batch);
+
 // One token a sequence at position[b]; lengths[b] = position[b] + 1. logits: FP32 [batch, vocabulary].
 // `splits`: over how many blocks a head's keys are spread. `dependent`: programmatic dependent launch (sm_90).
-int decode(const Model& model, void* workspace, const int* tokens, const int* position, const int* lengths, int batch,
-           int splits, float* logits, int ld_logits, bool dependent, Stream stream);
+int decode(const Model& model, void* workspace, unsigned* counters, const int* tokens, const int* position,
+           const int* lengths, int batch, int splits, float* logits, int ld_logits, bool dependent, Stream stream);
 
 }  // namespace headroom

@@ -68,6 +68,47 @@ def test_prefill_and_decode(folder: Path, reference: CompactGPT2LMHeadModel, bat
         close(engine.decode(ids[:, t]), wanted[:, t], folder, ids)
 
 
+@pytest.fixture(scope="module", params=[(96, 384), (111, 450)], ids=["even", "odd"])
+def long(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of 300 positions, whose decoding spreads the keys of a head over four blocks."""
+    width, inner = request.param
+    torch.manual_seed(2)
+    config = CompactGPT2Config(
+        vocab_size=VOCABULARY, n_positions=300, n_embd=width, n_layer=2, n_head=3, head_dim=32, n_inner=inner,
+        kept_heads=[[0, 2], [1]], initializer_range=0.1,
+    )  # fmt: skip
+    path = tmp_path_factory.mktemp("long")
+    CompactGPT2LMHeadModel(config).half().save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("batch", "decode", "prompt"),
+    [(1, "eager", 250), (1, "persistent", 250), (4, "persistent", 66), (5, "eager", 127), (8, "eager", 64),
+     (9, "eager", 129)],
+)  # fmt: skip
+def test_decoding_behind_a_long_prompt(long: Path, batch: int, decode: str, prompt: int) -> None:
+    """Prefill and decode lay one workspace out each its own way: nothing that one left may matter to the other."""
+    engine = Engine.from_checkpoint(long, device="cpu", max_batch=batch, decode=decode)
+    ids = torch.randint(0, VOCABULARY, (batch, prompt + 3), generator=torch.Generator().manual_seed(prompt))
+    with torch.inference_mode():
+        wanted = load_model(long, torch.float32)(ids).logits
+    for step in range(4):
+        engine.workspace.fill_(0xFF)  # NaN, in FP16 as in FP32
+        got = engine.decode(ids[:, prompt + step - 1]) if step else engine.prefill(ids[:, :prompt])
+        close(got, wanted[:, prompt + step - 1], long, ids)
+
+
+def test_a_decode_that_was_broken_off_leaves_no_trace(long: Path) -> None:
+    engine = Engine.from_checkpoint(long, device="cpu", decode="eager")
+    ids = torch.randint(0, VOCABULARY, (1, 140))
+    engine.prefill(ids[:, :139])
+    wanted = engine.decode(ids[:, 139]).clone()
+    engine._counters.fill_(3)
+    engine.prefill(ids[:, :139])
+    assert torch.equal(engine.decode(ids[:, 139]), wanted)
+
+
 def test_prompts_in_chunks_and_of_unequal_lengths(folder: Path, reference: CompactGPT2LMHeadModel) -> None:
     engine = Engine.from_checkpoint(folder, device="cpu", max_batch=3)
     engine._chunk = 5

@@ -28,7 +28,8 @@ def test_opcheck(engine: Engine) -> None:
     model = (engine.table, engine.workspace, engine.cache)
     tokens, position, lengths, logits = ints(1, 2), ints(3, 3), ints(4, 4), torch.zeros(2, 50)
     checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(ops.decode, (*model, tokens, position, lengths, logits, 1, False), test_utils=checks)
+    working = (engine.table, engine.workspace, ints(*[0] * 8), engine.cache)
+    torch.library.opcheck(ops.decode, (*working, tokens, position, lengths, logits, 1, False), test_utils=checks)
     prompt = torch.ones(2, 3, dtype=torch.int32)
     torch.library.opcheck(
         ops.prefill, (*model, prompt, ints(0, 0), ints(3, 3), ints(2, 5), logits), test_utils=checks
@@ -46,7 +47,7 @@ def test_opcheck(engine: Engine) -> None:
 
 
 def test_wrong_tensors_are_refused(engine: Engine) -> None:
-    model = (engine.table, engine.workspace, engine.cache)
+    model = (engine.table, engine.workspace, ints(*[0] * 8), engine.cache)
     logits = torch.zeros(2, 50)
     with pytest.raises(CudaExtError, match=r"expected torch\.int32 .* not torch\.int64"):
         ops.decode(*model, torch.ones(2, dtype=torch.long), ints(3, 3), ints(4, 4), logits, 1, False)
