@@ -77,8 +77,8 @@ class Checkpoint:
                 result = torch.empty(wanted.shape, dtype=dtype).copy_(turned)
                 if not torch.isfinite(result).all():
                     raise CheckpointError(
-                        f"{self.folder}: {named(stored.name)} reaches {values.abs().max():.3g}, beyond "
-                        f"{str(dtype).removeprefix('torch.')}; load it as fp32"
+                        f"{self.folder}: {named(stored.name)} reaches {values.abs().max():.3g}, beyond the "
+                        f"{torch.finfo(dtype).max:.3g} of {str(dtype).removeprefix('torch.')}; give a wider precision"
                     )
                 yield name, result
 
@@ -95,7 +95,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     """Headers and config.json alone, in a moment. Raises CheckpointError where a file is missing or damaged or is no
     safetensors, or a tensor is missing, surplus, or not as config.json implies; it names the first such.
     """
-    if os.path.exists(folder / "adapter_config.json"):  # False where it may not look, which config.json will tell
+    if os.path.exists(folder / "adapter_config.json"):  # noqa: PTH110 - where it may not look, config.json will tell
         raise CheckpointError(
             f"{folder}: holds adapter_config.json; merge the adapter into its model (peft's merge_and_unload) and give "
             "that folder"
@@ -112,7 +112,8 @@ def read_checkpoint(folder: Path) -> Checkpoint:
             "its token embedding"
         )
     if head is not None and _TABLE not in stored and fields["tie_word_embeddings"]:
-        head, stored[_TABLE] = None, head  # the shared table under its other name
+        stored[_TABLE] = head  # the shared table under its other name
+        head = None
     surplus = {name: each for name, each in stored.items() if not _is_mask(fields, name, each)}
     needed = {name: _fitting(folder, fields, name, wanted, surplus) for name, wanted in expected(fields)}
     if surplus:
@@ -155,9 +156,7 @@ def expected(fields: dict[str, Any]) -> Iterator[tuple[str, Wanted]]:
         yield f"ln_f.{part}", Wanted(width, 0, False)
 
 
-def _fitting(
-    folder: Path, fields: dict[str, Any], name: str, wanted: Wanted, stored: dict[str, Stored]
-) -> Stored:
+def _fitting(folder: Path, fields: dict[str, Any], name: str, wanted: Wanted, stored: dict[str, Stored]) -> Stored:
     """The stored tensor of that name, taken out of `stored`. Raises CheckpointError if there is none that fits."""
     found = stored.pop(name, None)
     if found is None:

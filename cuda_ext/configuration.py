@@ -28,7 +28,7 @@ def _or_null(field: _Field) -> _Field:
 
 
 def _size(default: Any = None) -> _Field:
-    return _Field(lambda value: type(value) is int and value >= 1, "a whole number of at least 1", default)
+    return _Field(lambda value: type(value) is int and 1 <= value < 2**31, "a whole number of at least 1", default)
 
 
 def _number(fits: Callable[[float], bool], wanted: str, default: float) -> _Field:

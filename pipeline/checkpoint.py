@@ -54,6 +54,7 @@ def check_folder(folder: Path) -> None:
 def _read(folder: Path) -> tuple[Checkpoint, CompactGPT2Config]:
     checkpoint = read_checkpoint(folder)
     fields = {name: value for name, value in checkpoint.fields.items() if name != "model_type"}
+    fields["tie_word_embeddings"] = True  # what config.json says has been held against the head
     activation = fields["activation_function"]
     if activation not in ACT2FN:
         raise CheckpointError(

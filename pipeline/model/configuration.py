@@ -72,7 +72,7 @@ class CompactGPT2Config(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "head_dim", "n_inner", "n_kv_head"):
             value = getattr(self, name)
-            if not (_is_size(value) or value is None and name in ("head_dim", "n_inner", "n_kv_head")):
+            if not (_is_size(value) or (value is None and name in ("head_dim", "n_inner", "n_kv_head"))):
                 raise ValueError(f"{name} is {value!r}: give a whole number of at least 1")
         for name in ("layer_norm_epsilon", "rope_base", "rope_share"):
             value = getattr(self, name)
@@ -104,14 +104,15 @@ class CompactGPT2Config(PreTrainedConfig):
             raise ValueError(f"position is {self.position!r}: give learned or rope")
         if self.rope_base <= 1:
             raise ValueError(f"rope_base is {self.rope_base}: give more than 1")
-        if not 0 < self.rope_share <= 1 or self.rotary_dim < 2:
+        turns = self.position == "rope" or self.head_dim > 1  # GPT-2's heads may be of one number
+        if self.rope_share > 1 or (turns and self.rotary_dim < 2):
             raise ValueError(
                 f"rope_share is {self.rope_share}: give a share of head_dim {self.head_dim} that holds two numbers"
             )
         windows = self.windows
         if len(windows) != self.n_layer:
             raise ValueError(f"window lists {len(windows)} layers, n_layer is {self.n_layer}")
-        if not all(window is None or _is_size(window) and window > 1 for window in windows):
+        if not all(window is None or (_is_size(window) and window > 1) for window in windows):
             raise ValueError(f"window is {self.window}: give at least 2 tokens")
         super().__post_init__(**kwargs)
 
