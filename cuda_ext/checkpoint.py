@@ -44,12 +44,11 @@ class Stored(NamedTuple):
 @dataclass(frozen=True)
 class Checkpoint:
     """A folder whose headers fit its config: `fields` are read_config's, `stored` the tensors by GPT-2's names, without
-    `transformer.`; `head`: a second copy of the token table, which must be the same."""
+    `transformer.`, the head left out: it is the token table."""
 
     folder: Path
     fields: dict[str, Any]
     stored: dict[str, Stored]
-    head: Stored | None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -60,7 +59,7 @@ class Checkpoint:
     def tensors(self, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
         """Each tensor's name, without `transformer.`, and its values in memory of its own, linear weights [out, in].
 
-        Raises CheckpointError for NaN, infinity, a value beyond `dtype`, and a head that is not the token table.
+        Raises CheckpointError for NaN, infinity and a value beyond `dtype`.
         """
         with contextlib.ExitStack() as stack:
             files = {file: stack.enter_context(_opened(file)) for file in {each.file for each in self.stored.values()}}
@@ -71,8 +70,6 @@ class Checkpoint:
                     raise CheckpointError(
                         f"{self.folder}: {named(stored.name)} holds NaN or infinity; give an undamaged checkpoint"
                     )
-                if name == _TABLE and self.head is not None:
-                    self._refuse_another_head(values, _opened(self.head.file).get_tensor(self.head.name))
                 turned = values.T if wanted.turned and self.fields["model_type"] == "gpt2" else values
                 result = torch.empty(wanted.shape, dtype=dtype).copy_(turned)
                 if not torch.isfinite(result).all():
@@ -82,18 +79,11 @@ class Checkpoint:
                     )
                 yield name, result
 
-    def _refuse_another_head(self, table: torch.Tensor, head: torch.Tensor) -> None:
-        common = torch.promote_types(table.dtype, head.dtype)
-        if not torch.equal(table.to(common), head.to(common)):
-            raise CheckpointError(
-                f"{self.folder}: {_HEAD} differs from {named(self.stored[_TABLE].name)}: an untied head, which is not "
-                "supported; give a model whose head is its token embedding"
-            )
-
 
 def read_checkpoint(folder: Path) -> Checkpoint:
-    """Headers and config.json alone, in a moment. Raises CheckpointError where a file is missing or damaged or is no
-    safetensors, or a tensor is missing, surplus, or not as config.json implies; it names the first such.
+    """Headers and config.json alone, in a moment; of the values only a head's, where there is one beside the token
+    table. Raises CheckpointError where a file is missing or damaged or is no safetensors, a tensor is missing, surplus,
+    or not as config.json implies, or the head is not the token table; it names the first such.
     """
     if os.path.exists(folder / "adapter_config.json"):  # noqa: PTH110 - where it may not look, config.json will tell
         raise CheckpointError(
@@ -124,7 +114,8 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     if head is not None:
         _refuse_shape(folder, head, Wanted(fields["vocab_size"], fields["n_embd"], False).shape)
         _refuse_dtype(folder, head)
-    return Checkpoint(folder, fields, needed, head)
+        _refuse_untied(folder, needed[_TABLE], head)
+    return Checkpoint(folder, fields, needed)
 
 
 def expected(fields: dict[str, Any]) -> Iterator[tuple[str, Wanted]]:
@@ -162,7 +153,7 @@ def _fitting(folder: Path, fields: dict[str, Any], name: str, wanted: Wanted, st
     if found is None:
         odd = next((each.name for each in stored.values() if each.name.endswith(name)), None)
         raise CheckpointError(
-            f"{folder}: transformer.{name} is missing, which config.json asks for"
+            f"{folder}: transformer.{name} is missing, which config.json asks for (n_layer is {fields['n_layer']})"
             + (f"; there is {named(odd)}" if odd else "")
         )
     stock = fields["model_type"] == "gpt2"
@@ -184,6 +175,16 @@ def _refuse_dtype(folder: Path, stored: Stored) -> None:
     if stored.dtype not in _DTYPES:
         raise CheckpointError(
             f"{folder}: {named(stored.name)} is stored as {stored.dtype}; give a checkpoint in {', '.join(_DTYPES)}"
+        )
+
+
+def _refuse_untied(folder: Path, *stored: Stored) -> None:
+    table, head = (_opened(each.file).get_tensor(each.name) for each in stored)
+    common = torch.promote_types(table.dtype, head.dtype)
+    if not torch.equal(table.to(common), head.to(common)):
+        raise CheckpointError(
+            f"{folder}: {_HEAD} differs from {named(stored[0].name)}: an untied head, which is not supported; "
+            "give a model whose head is its token embedding"
         )
 
 

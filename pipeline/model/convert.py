@@ -101,11 +101,23 @@ def to_windowed(model: CompactGPT2LMHeadModel, window: int | list[int | None]) -
 def rebuilt(
     model: CompactGPT2LMHeadModel, config: CompactGPT2Config, state: Mapping[str, torch.Tensor]
 ) -> CompactGPT2LMHeadModel:
-    """A model of `config` with `state`, and all else as `model` has it."""
+    """A model of `config` with `state`, and all else as `model` has it.
+
+    Raises `ValueError` where `config` ties the head and `model`'s is another than its token embedding.
+    """
+    if config.tie_word_embeddings:
+        check_tied(model)
     result = CompactGPT2LMHeadModel(config).to(model.device, model.dtype)
     result.load_state_dict(state)
     result.generation_config = copy.deepcopy(model.generation_config)
     return result.train(model.training)
+
+
+def check_tied(model: Any) -> None:
+    """Raise `ValueError` if a model's head is another matrix than its token embedding, whatever its config says."""
+    head, table = model.lm_head.weight, model.transformer.wte.weight
+    if head is not table and not torch.equal(head, table):
+        raise ValueError("lm_head.weight differs from transformer.wte.weight: an untied head is not supported")
 
 
 def in_fp32(model: CompactGPT2LMHeadModel) -> CompactGPT2LMHeadModel:
@@ -118,8 +130,7 @@ def in_fp32(model: CompactGPT2LMHeadModel) -> CompactGPT2LMHeadModel:
 
 def _transfer(source, target):
     """Copy all weights of `source` into `target`, whose head is tied, transposing where the two layouts differ."""
-    if not torch.equal(source.lm_head.weight, source.transformer.wte.weight):
-        raise ValueError("lm_head.weight differs from transformer.wte.weight: an untied head is not supported")
+    check_tied(source)
     state = {key: value for key, value in source.state_dict().items() if key != "lm_head.weight"}
     wanted = {key: value.shape for key, value in target.state_dict().items() if key != "lm_head.weight"}
     if state.keys() != wanted.keys():

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import random_gpt2
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -23,7 +22,7 @@ from pipeline.engines.torch import TorchEngine
 
 IDS = torch.tensor([[1, 2, 3, 5, 8, 13, 21]])
 POSITIONS = 24
-SHAPE = {"n_embd": 64, "n_head": 2, "n_layer": 2, "n_positions": POSITIONS, "vocab_size": 61}
+SHAPE = {"n_embd": 64, "n_head": 2, "n_layer": 2, "n_positions": POSITIONS, "vocab_size": 61, "bos_token_id": 0, "eos_token_id": 0}
 COMPUTING = ("n_head", "layer_norm_epsilon", "activation_function")
 Weights = dict[str, torch.Tensor]
 TABLE, HEAD = "transformer.wte.weight", "lm_head.weight"
@@ -34,7 +33,12 @@ DEEP = "[" * 10_000 + "]" * 10_000
 def stock(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Stock GPT-2 whose heads the CUDA kernels know."""
     folder = tmp_path_factory.mktemp("stock") / "model"
-    random_gpt2(5, **SHAPE).save_pretrained(folder)
+    model = GPT2LMHeadModel(GPT2Config(**SHAPE))
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(torch.randn(weight.shape, generator=generator) * 0.2)
+    model.save_pretrained(folder)
     return folder
 
 
@@ -114,7 +118,7 @@ def test_a_size_that_is_none(folder: Path, field: str, value: object) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"n_layer": 3}, "transformer.h.2.ln_1.weight is missing, which config.json asks for"),
+        ({"n_layer": 3}, "transformer.h.2.ln_1.weight is missing, which config.json asks for (n_layer is 3)"),
         ({"n_layer": 1}, "transformer.h.1.attn.c_attn.bias [192] has no place in this model"),
         ({"n_layer": 10**9}, "transformer.h.2.ln_1.weight is missing"),
         ({"n_embd": 10**9}, "transformer.wte.weight is [61, 64] in the file, [61, 1000000000] by config.json"),
@@ -381,7 +385,7 @@ PRUNED = "; were its heads pruned, give the unpruned checkpoint"
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (without(f"{H0}.mlp.c_fc.bias"), f"{H0}.mlp.c_fc.bias is missing, which config.json asks for"),
+        (without(f"{H0}.mlp.c_fc.bias"), f"{H0}.mlp.c_fc.bias is missing, which config.json asks for (n_layer is 2)"),
         (
             put(f"{H0}.attn.c_attn.weight", torch.ones(64, 96)),
             f"{H0}.attn.c_attn.weight is [64, 96] in the file, [64, 192] by config.json{PRUNED}",
@@ -407,7 +411,7 @@ PRUNED = "; were its heads pruned, give the unpruned checkpoint"
         (put("transformer.ln_f.bias", torch.full((64,), -float("inf"))), "transformer.ln_f.bias holds NaN or infinity"),
         (
             lambda weights: {f"_orig_mod.{name}": v for name, v in weights.items()},
-            "wte.weight is missing, which config.json asks for; there is _orig_mod.transformer.",
+            "wte.weight is missing, which config.json asks for (n_layer is 2); there is _orig_mod.transformer.",
         ),
         (lambda weights: {}, "transformer.wte.weight is missing"),
     ],
@@ -489,6 +493,29 @@ def test_an_adapter_or_a_pointer_is_no_model(folder: Path) -> None:
     assert "is a Git LFS pointer to the weights; run git lfs pull" in refused_by_both(folder)
     (folder / "adapter_config.json").write_text("{}")
     assert "merge the adapter into its model" in refused_by_both(folder)
+
+
+def test_the_verbs_refuse_before_they_write(
+    folder: Path, tmp_path: Path, cli: Callable[..., tuple[int, str, str]]
+) -> None:
+    change_weights(folder, another_head)
+    (folder / "odd.json").mkdir()  # what has a file's name need not be one
+    run = tmp_path / "run"
+    for words in (
+        ("evaluate", folder),
+        ("evaluate", folder, "--engine", "cuda", "--device", "cpu"),
+        ("generate", folder, "--prompt", "the cat"),
+        ("load", "--out", run, "--set", f"load.source={folder}"),
+    ):
+        code, out, err = cli(*words)
+        assert (code, out) == (2, "") and "Traceback" not in err
+        (line,) = (line for line in err.splitlines() if line.startswith("error: "))
+        assert "lm_head.weight differs" in line
+    change_config(folder, n_layer=10**9)
+    for words in (("probe", folder), ("load", "--out", tmp_path / "other", "--set", f"load.source={folder}")):
+        code, out, err = cli(*words)
+        assert (code, out) == (2, "") and "transformer.h.2.ln_1.weight is missing" in err
+    assert not list(tmp_path.glob("*/load")) and not list(tmp_path.glob("*/.load*"))
 
 
 # ---- whatever else ----
