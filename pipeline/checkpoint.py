@@ -1,75 +1,88 @@
 """Model folders in Hub format: what may be loaded, and one clear line for what may not."""
 
-import json
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers.activations import ACT2FN
 from transformers.utils import logging
 
+from cuda_ext.checkpoint import Checkpoint, read_checkpoint
+from cuda_ext.configuration import read_json, shown
+from cuda_ext.errors import CheckpointError
 from eval.errors import UserError, reason
-from pipeline.model import CompactGPT2LMHeadModel, from_gpt2
+from pipeline.model import CompactGPT2Config, CompactGPT2LMHeadModel
 
 # A bar for each of the many small loads hides the progress that takes time.
 logging.disable_progress_bar()
-
-_PICKLES = ("pytorch_model.bin", "model.pt", "model.pth", "pytorch_model.bin.index.json")
 
 
 def load_model(folder: Path, dtype: torch.dtype | str = torch.float32) -> CompactGPT2LMHeadModel:
     """The model of a folder in Hub format (stock GPT-2 or ours), in `dtype` (`"auto"`: as stored), in eval mode.
 
-    Raises `UserError` where files are missing, damaged, pickled, or of another architecture.
+    transformers' own loading is left out: it fills, drops and converts in silence what does not fit. Raises `UserError`
+    where files are missing, damaged, pickled, or of another architecture.
     """
-    kind = _config(folder).get("model_type")
-    if not list(folder.glob("*.safetensors")):
-        pickled = next((name for name in _PICKLES if (folder / name).exists()), None)
-        if pickled:
-            raise UserError(
-                f"{folder / pickled}: a pickle can run code when it is loaded, so none is; "
-                "convert it to model.safetensors (save_pretrained does) and try again"
-            )
-        raise UserError(f"{folder}: holds no model.safetensors; give a folder in Hub format")
-    if kind not in ("gpt2", "compact_gpt2"):
-        raise UserError(f"{folder / 'config.json'}: model_type is {kind!r}; gpt2 or compact_gpt2 is needed")
-    loader = GPT2LMHeadModel if kind == "gpt2" else CompactGPT2LMHeadModel
     try:
-        model, info = loader.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
-        )
-    except (SafetensorError, OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        raise UserError(f"{folder}: damaged or incomplete checkpoint ({reason(error)}); copy it again") from error
-    problems = sorted(map(str, (*info["missing_keys"], *info["mismatched_keys"])))
-    if problems:
-        raise UserError(
-            f"{folder}: {problems[0]} is missing or of another shape; the checkpoint does not fit config.json"
-        )
-    # Old files hold a constant of the causal mask as well.
-    surplus = sorted(key for key in info["unexpected_keys"] if not key.endswith("attn.masked_bias"))
-    if surplus:
-        raise UserError(f"{folder}: {surplus[0]} has no place in this model; the checkpoint does not fit config.json")
-    for name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
-            raise UserError(f"{folder}: {name} holds NaN or infinity; give an undamaged checkpoint")
-    try:
-        return (from_gpt2(model) if kind == "gpt2" else model).eval()
-    except ValueError as error:
-        raise UserError(f"{folder}: {error}") from error
+        checkpoint, config = _read(folder)
+        config.architectures = [CompactGPT2LMHeadModel.__name__]
+        config.dtype = dtype if isinstance(dtype, torch.dtype) else checkpoint.dtype
+        with torch.device("meta"):  # the tensors take the weights' place
+            model = CompactGPT2LMHeadModel(config)
+        weights = {f"transformer.{name}": tensor for name, tensor in checkpoint.tensors(config.dtype)}
+    except CheckpointError as error:
+        raise UserError(str(error)) from error
+    model.load_state_dict(weights, strict=False, assign=True)
+    model.tie_weights()
+    if (folder / "generation_config.json").exists():
+        model.generation_config = _generation_config(folder / "generation_config.json")
+    return model.eval()
 
 
-def _config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
+def check_folder(folder: Path) -> None:
+    """Whether `load_model` will take it and `save_model` write it again, but for the values of the weights, which are
+    not read: in a moment. Raises `UserError` as `load_model` does.
+    """
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: not found; give a folder in Hub format") from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: damaged JSON; copy the checkpoint again") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{path}: holds no mapping; copy the checkpoint again")
-    return config
+        _read(folder)
+    except CheckpointError as error:
+        raise UserError(str(error)) from error
+    if (folder / "generation_config.json").exists():
+        _generation_config(folder / "generation_config.json", strict=True)
+
+
+def _read(folder: Path) -> tuple[Checkpoint, CompactGPT2Config]:
+    checkpoint = read_checkpoint(folder)
+    fields = {name: value for name, value in checkpoint.fields.items() if name != "model_type"}
+    fields["tie_word_embeddings"] = True  # what config.json says has been held against the head
+    activation = fields["activation_function"]
+    if activation not in ACT2FN:
+        raise CheckpointError(
+            f"{folder / 'config.json'}: activation_function is {shown(activation)}; known are {', '.join(ACT2FN)}"
+        )
+    if any(True for _ in ACT2FN[activation].parameters()):
+        raise CheckpointError(f"{folder / 'config.json'}: activation_function {activation} has weights, GPT-2's none")
+    try:
+        return checkpoint, CompactGPT2Config(**fields)
+    except Exception as error:  # transformers' own checks raise many types
+        raise CheckpointError(f"{folder / 'config.json'}: {reason(error)}") from error
+
+
+def _generation_config(path: Path, *, strict: bool = False) -> GenerationConfig:
+    """`strict`: whether transformers will write it again."""
+    try:
+        choices = read_json(path)
+        odd = next((name for name in choices if callable(getattr(GenerationConfig, name, None))), None)
+        if odd is not None:
+            raise ValueError(f"{shown(odd)} is no setting")
+        config = GenerationConfig.from_dict(choices)
+        config.validate(strict=strict)
+        return config
+    except CheckpointError as error:
+        raise UserError(str(error)) from error
+    except Exception as error:  # transformers' own checks raise many types
+        said = " ".join(str(error).split())
+        raise UserError(f"{path}: {said[:200]}; mend it, or delete it") from error
 
 
 def save_model(model: CompactGPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

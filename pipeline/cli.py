@@ -566,12 +566,17 @@ def probe(
 
     import torch
 
+    from cuda_ext.configuration import read_sizes
+    from cuda_ext.errors import CheckpointError
     from eval.memory import exercise
     from pipeline.engines import default_engine, import_engine, load_engine
 
     name = engine or default_engine(model)
     import_engine(name)
-    vocab_size = json.loads((model / "config.json").read_text(encoding="utf-8"))["vocab_size"]
+    try:
+        vocab_size = read_sizes(model, "vocab_size")["vocab_size"]
+    except CheckpointError as error:
+        raise UserError(str(error)) from error
     prompt = (torch.arange(prompt_tokens) % vocab_size).repeat(batch, 1)
     memory = exercise(lambda: load_engine(name, model, device=device, precision=precision), prompt, new_tokens)
     print(json.dumps(asdict(memory)))

@@ -18,6 +18,7 @@ from pipeline.artifacts import QUANTIZATION
 from pipeline.data import TokenBlocks
 from pipeline.inc_codes import Codes, gptq, inc_quiet, repair_one_sided, rtn
 from pipeline.model import CompactGPT2LMHeadModel, in_fp32
+from pipeline.model.convert import check_tied
 from pipeline.model.quantized import HalfEmbedding, QuantizedEmbedding, QuantizedLinear, dequantized
 from pipeline.openvino_export import export_openvino, quiet
 
@@ -68,6 +69,10 @@ class INCQuantizer:
     def __init__(self, model: CompactGPT2LMHeadModel, tokenizer: Any = None):
         if not isinstance(model.lm_head, nn.Linear):
             raise UserError("the model is quantised already: give the FP32 or FP16 model")
+        try:
+            check_tied(model)  # one table of codes will serve as both
+        except ValueError as error:
+            raise UserError(str(error)) from error
         self.model = model
         self.tokenizer = tokenizer
         self.report: list[QuantizedLayer] = []

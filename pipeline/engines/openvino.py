@@ -1,13 +1,15 @@
 """Run an exported IR on the CPU with OpenVINO itself: no optimum, no transformers in the loop."""
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 import torch
 
+from cuda_ext.configuration import read_sizes
+from cuda_ext.errors import CheckpointError
 from eval.errors import UserError
 from pipeline.engines.paged import PagedRequest, page
 from pipeline.openvino_runtime import IR_NAME, computes_bf16, import_openvino
@@ -84,7 +86,7 @@ class OpenVINOEngine:
             raise UserError(f"precision {precision!r}: OpenVINO runs {', '.join(_HINTS)}")
         if threads is not None and threads < 1:
             raise UserError(f"threads is {threads}: give at least 1")
-        config = _read_config(folder)
+        context, vocab_size = _read_config(folder)
         core = import_openvino().Core()
         xml = folder / IR_NAME
         if not xml.is_file() or not xml.with_suffix(".bin").is_file():
@@ -93,7 +95,13 @@ class OpenVINOEngine:
         if threads is not None:
             options["INFERENCE_NUM_THREADS"] = str(threads)
         try:
-            held = _held_precision(core.read_model(xml))
+            with xml.open("rb") as file:
+                if b"<net " not in file.read(4096):  # OpenVINO would try all formats it knows, aloud
+                    raise UserError(f"{xml}: no OpenVINO IR; export the model again")
+            ir = core.read_model(xml)
+            _check_is_ours(xml, ir, context, vocab_size)
+            held = _held_precision(ir)
+            del ir  # it maps the file
             precision = precision or held
             _check_fits(folder, held, precision)
             chosen = {**options, **_HINTS[precision], **(hints or {})}
@@ -102,8 +110,10 @@ class OpenVINOEngine:
                 properties = {**chosen, "PERF_COUNT": "YES" if counting else "NO"}
                 return core.compile_model(page(core.read_model(xml)), "CPU", properties)
 
-            return cls(compile_ir, precision=precision, context=config["n_positions"], vocab_size=config["vocab_size"])
-        except RuntimeError as error:
+            return cls(compile_ir, precision=precision, context=context, vocab_size=vocab_size)
+        except UserError:
+            raise
+        except Exception as error:  # what a damaged IR leads OpenVINO and its transformation to has many types
             reason = next((line for line in reversed(str(error).splitlines()) if line.strip()), "no reason given")
             raise UserError(f"{xml}: damaged IR ({reason.strip()}); export the model again") from error
 
@@ -172,15 +182,53 @@ class OpenVINOEngine:
             raise UserError(f"the sequence would have {total} tokens, the model's context is {self.context}")
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
+def _read_config(folder: Path) -> tuple[int, int]:
+    """The context and the vocabulary's size."""
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        return {key: int(config[key]) for key in ("n_positions", "vocab_size")}
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; give a folder that the quantize stage wrote") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: damaged ({error!r}); export the model again") from error
+        sizes = read_sizes(folder, "n_positions", "vocab_size")
+        return sizes["n_positions"], sizes["vocab_size"]
+    except CheckpointError as error:
+        raise UserError(str(error)) from error
+
+
+def _check_is_ours(xml: Path, ir: Any, context: int, vocab_size: int) -> None:
+    """Raise `UserError` for an IR that is no language model with a state, has other sizes than its config.json says,
+    or holds weights that are no numbers."""
+    inputs = {name for port in ir.inputs for name in port.get_names()}
+    outputs = [port.get_names() for port in ir.outputs]
+    nodes = ir.get_ops()
+    stateful = any(node.get_type_name() == "ReadValue" for node in nodes)
+    if not {"input_ids", "position_ids"} <= inputs or outputs != [{"logits"}] or not stateful:
+        raise UserError(f"{xml}: no language model that keeps its past as a state; export the model again")
+    logits = ir.output(0).get_partial_shape()
+    rows = _table_rows(nodes)
+    for field, said, found in (
+        ("vocab_size", vocab_size, logits[len(logits) - 1].get_length()),
+        ("vocab_size", vocab_size, rows.get("input_ids", vocab_size)),
+        ("n_positions", context, rows.get("position_ids", context)),  # rotary positions have no table
+    ):
+        if said != found:
+            raise UserError(f"{xml}: {field} is {found} in the IR, {said} by config.json; export the model again")
+    for node in nodes:
+        if node.get_type_name() != "Constant" or node.get_element_type().get_type_name() not in ("f32", "f16"):
+            continue
+        if node.data.size > 1 and not np.isfinite(node.data).all():  # one number alone may be a mask's infinity
+            raise UserError(f"{xml}: {node.get_friendly_name()} holds NaN or infinity; export the model again")
+
+
+def _table_rows(nodes: list[Any]) -> dict[str, int]:
+    """How many rows the table has that each of the IR's inputs looks up."""
+    rows = {}
+    for node in nodes:
+        if node.get_type_name() != "Gather":
+            continue
+        source = node.input_value(1).get_node()
+        while source.get_type_name() == "Convert":
+            source = source.input_value(0).get_node()
+        table = node.input_value(0).get_partial_shape()
+        if source.get_type_name() == "Parameter" and table.is_static:
+            rows[source.output(0).get_any_name()] = table[0].get_length()
+    return rows
 
 
 def _held_precision(ir: Any) -> str:

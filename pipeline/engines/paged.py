@@ -4,10 +4,12 @@ PagedAttention: Kwon et al. 2023 (arXiv 2309.06180), here for sequences of one l
 simple. Beside the stateful form, the plugin prepares no mask, moves no keys and values and vectorises over blocks.
 """
 
+import re
 from typing import Any
 
 import numpy as np
 
+from eval.errors import UserError
 from pipeline.openvino_runtime import WINDOWS
 
 _ROWS = "rows"
@@ -19,6 +21,8 @@ def page(ir: Any) -> Any:
     row, and the input `rows` (int64 `[n]`) says for which of them logits `[n, 1, vocab]` are wanted: a prompt needs
     those of the last position alone. The transformation takes the masks out: sliding windows are put in again from
     the IR's notes. Blocks older than a window are not given back. Returns `ir`.
+
+    Raises `ValueError` where the notes are none of this IR.
     """
     from openvino import opset13 as ops
 
@@ -28,9 +32,12 @@ def page(ir: Any) -> Any:
     paged_attention_transformation(ir)
     if ir.has_rt_info(WINDOWS):
         attentions = [node for node in ir.get_ordered_ops() if node.get_type_name() == "PagedAttentionExtension"]
-        windows = map(int, ir.get_rt_info(WINDOWS).astype(str).split(","))
+        note = ir.get_rt_info(WINDOWS).astype(str)
+        windows = note.split(",")
+        if len(windows) != len(attentions) or not all(re.fullmatch("[0-9]{1,9}", window) for window in windows):
+            raise ValueError(f"sliding windows {note} for {len(attentions)} layers")
         for node, window in zip(attentions, windows, strict=True):
-            node.input(_WINDOW_INPUT).replace_source_output(ops.constant(window, np.int32).output(0))
+            node.input(_WINDOW_INPUT).replace_source_output(ops.constant(int(window), np.int32).output(0))
     head = ir.output(0).get_node().input_value(0).get_node()
     while head.get_type_name() != "MatMul":
         head = head.input_value(0).get_node()
@@ -88,6 +95,12 @@ class PagedRequest:
 
         self._each = -(-capacity // self._block)
         if batch * self._each > self._reserved:
+            try:
+                for name, (kind, shape) in self._caches.items():
+                    self.request.set_tensor(name, Tensor(kind, [batch * self._each, *shape]))
+            except RuntimeError as error:  # std::bad_alloc
+                raise UserError(
+                    f"no memory for the keys and values of {batch} x {capacity} tokens; use shorter or fewer texts, or "
+                    "lower n_positions in config.json where positions are rotary"
+                ) from error
             self._reserved = batch * self._each
-            for name, (kind, shape) in self._caches.items():
-                self.request.set_tensor(name, Tensor(kind, [self._reserved, *shape]))

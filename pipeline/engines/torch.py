@@ -52,7 +52,7 @@ class TorchEngine:
             why = hardware.why_no_gpu() or "not on this machine"
             raise UserError(f"device {device}: {why}; give {' or '.join(there)}, or leave it out")
         if precision is None:
-            stored = load_model(folder, "auto")
+            stored = load_model(folder, "auto")  # in one of these types, whatever the file's
             precision = next(name for name, dtype in _DTYPES.items() if dtype == stored.dtype)
             return cls(stored, device=device, precision=precision)
         return cls(load_model(folder, _DTYPES[precision]), device=device, precision=precision)

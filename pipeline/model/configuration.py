@@ -1,9 +1,14 @@
 """The configuration of CompactGPT2: GPT-2's, plus which heads each layer kept."""
 
+import math
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedConfig
+
+
+def _is_size(value: object) -> bool:
+    return type(value) is int and value >= 1
 
 
 class CompactGPT2Config(PreTrainedConfig):
@@ -65,6 +70,14 @@ class CompactGPT2Config(PreTrainedConfig):
         kept_heads: list[list[int]] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
+        for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "head_dim", "n_inner", "n_kv_head"):
+            value = getattr(self, name)
+            if not (_is_size(value) or (value is None and name in ("head_dim", "n_inner", "n_kv_head"))):
+                raise ValueError(f"{name} is {value!r}: give a whole number of at least 1")
+        for name in ("layer_norm_epsilon", "rope_base", "rope_share"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+                raise ValueError(f"{name} is {value!r}: give a number above 0")
         if self.head_dim is None:
             if self.n_embd % self.n_head:
                 raise ValueError(f"n_embd {self.n_embd} is no multiple of n_head {self.n_head}: give head_dim")
@@ -73,14 +86,17 @@ class CompactGPT2Config(PreTrainedConfig):
             self.n_inner = 4 * self.n_embd
         if self.n_kv_head is None:
             self.n_kv_head = self.n_head
-        if self.n_kv_head < 1 or self.n_head % self.n_kv_head:
+        if self.n_head % self.n_kv_head:
             raise ValueError(f"n_kv_head is {self.n_kv_head}: give a divisor of n_head {self.n_head}")
         if self.kept_heads is None:
             self.kept_heads = [list(range(self.n_head)) for _ in range(self.n_layer)]
+        if not isinstance(self.kept_heads, list) or not all(isinstance(heads, list) for heads in self.kept_heads):
+            raise ValueError("kept_heads is no list of lists: give each layer's head numbers")
         if len(self.kept_heads) != self.n_layer:
             raise ValueError(f"kept_heads lists {len(self.kept_heads)} layers, n_layer is {self.n_layer}")
         for layer, heads in enumerate(self.kept_heads):
-            if not heads or list(heads) != sorted(set(heads)) or heads[0] < 0 or heads[-1] >= self.n_head:
+            numbers = all(type(head) is int for head in heads)
+            if not heads or not numbers or heads != sorted(set(heads)) or heads[0] < 0 or heads[-1] >= self.n_head:
                 raise ValueError(
                     f"kept_heads[{layer}] is {heads}: give at least one head, ascending, each in 0..{self.n_head - 1}"
                 )
@@ -88,14 +104,15 @@ class CompactGPT2Config(PreTrainedConfig):
             raise ValueError(f"position is {self.position!r}: give learned or rope")
         if self.rope_base <= 1:
             raise ValueError(f"rope_base is {self.rope_base}: give more than 1")
-        if not 0 < self.rope_share <= 1 or self.rotary_dim < 2:
+        turns = self.position == "rope" or self.head_dim > 1  # GPT-2's heads may be of one number
+        if self.rope_share > 1 or (turns and self.rotary_dim < 2):
             raise ValueError(
                 f"rope_share is {self.rope_share}: give a share of head_dim {self.head_dim} that holds two numbers"
             )
         windows = self.windows
         if len(windows) != self.n_layer:
             raise ValueError(f"window lists {len(windows)} layers, n_layer is {self.n_layer}")
-        if any(window is not None and window < 2 for window in windows):
+        if not all(window is None or (_is_size(window) and window > 1) for window in windows):
             raise ValueError(f"window is {self.window}: give at least 2 tokens")
         super().__post_init__(**kwargs)
 

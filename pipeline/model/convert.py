@@ -42,8 +42,9 @@ def from_gpt2(model: GPT2LMHeadModel) -> CompactGPT2LMHeadModel:
     for field, wanted in {
         "scale_attn_weights": True,
         "scale_attn_by_inverse_layer_idx": False,
+        "reorder_and_upcast_attn": False,
         "add_cross_attention": False,
-        "tie_word_embeddings": True,
+        "is_causal": True,
     }.items():
         if getattr(config, field, wanted) != wanted:
             raise ValueError(f"this GPT-2 has {field}={getattr(config, field)}; only {wanted} is supported")
@@ -54,7 +55,7 @@ def from_gpt2(model: GPT2LMHeadModel) -> CompactGPT2LMHeadModel:
 def to_gpt2(model: CompactGPT2LMHeadModel) -> GPT2LMHeadModel:
     """Hugging Face's GPT-2 with the same weights and function.
 
-    Raises `ValueError` for a pruned model or a variant, which stock GPT-2 cannot express.
+    Raises `ValueError` for a pruned model or a variant, which stock GPT-2 cannot express, and for an untied head.
     """
     config = model.config
     if config.variants:
@@ -100,11 +101,23 @@ def to_windowed(model: CompactGPT2LMHeadModel, window: int | list[int | None]) -
 def rebuilt(
     model: CompactGPT2LMHeadModel, config: CompactGPT2Config, state: Mapping[str, torch.Tensor]
 ) -> CompactGPT2LMHeadModel:
-    """A model of `config` with `state`, and all else as `model` has it."""
+    """A model of `config` with `state`, and all else as `model` has it.
+
+    Raises `ValueError` where `config` ties the head and `model`'s is another than its token embedding.
+    """
+    if config.tie_word_embeddings:
+        check_tied(model)
     result = CompactGPT2LMHeadModel(config).to(model.device, model.dtype)
     result.load_state_dict(state)
     result.generation_config = copy.deepcopy(model.generation_config)
     return result.train(model.training)
+
+
+def check_tied(model: Any) -> None:
+    """Raise `ValueError` if a model's head is another matrix than its token embedding, whatever its config says."""
+    head, table = model.lm_head.weight, model.transformer.wte.weight
+    if head is not table and not torch.equal(head, table):
+        raise ValueError("lm_head.weight differs from transformer.wte.weight: an untied head is not supported")
 
 
 def in_fp32(model: CompactGPT2LMHeadModel) -> CompactGPT2LMHeadModel:
@@ -116,7 +129,8 @@ def in_fp32(model: CompactGPT2LMHeadModel) -> CompactGPT2LMHeadModel:
 
 
 def _transfer(source, target):
-    """Copy all weights of `source` into `target`, transposing where the two layouts differ."""
+    """Copy all weights of `source` into `target`, whose head is tied, transposing where the two layouts differ."""
+    check_tied(source)
     state = {key: value for key, value in source.state_dict().items() if key != "lm_head.weight"}
     wanted = {key: value.shape for key, value in target.state_dict().items() if key != "lm_head.weight"}
     if state.keys() != wanted.keys():

@@ -5,7 +5,7 @@ from typing import Any
 
 from eval.errors import UserError
 from pipeline.artifacts import fingerprint, sha256_file
-from pipeline.checkpoint import load_model, save_model
+from pipeline.checkpoint import check_folder, load_model, save_model
 from pipeline.model import to_grouped, to_windowed
 from pipeline.recipe import Recipe
 from pipeline.stages.job import Job
@@ -46,14 +46,24 @@ def resolve(source: str, revision: str | None = None) -> Path:
 
 
 def content_fingerprint(folder: Path) -> str:
-    """A hash over the files of a model folder that decide what it computes."""
+    """A hash over the files of a model folder that decide what it computes: no other is ever read.
+
+    Raises `UserError` for one that cannot be read.
+    """
     files = sorted({path for pattern in _WANTED for path in folder.glob(pattern)})
-    return fingerprint({path.name: sha256_file(path) for path in files})
+    try:
+        return fingerprint({path.name: sha256_file(path) for path in files if path.is_file()})
+    except OSError as error:
+        raise UserError(f"{error.filename}: {error.strerror}; give a folder that you may read") from error
 
 
 def config(recipe: Recipe) -> dict[str, Any]:
-    """The part of the recipe that decides this stage, with the content of the model it names."""
+    """The part of the recipe that decides this stage, with the content of the model it names.
+
+    Raises `UserError` where that model is none that can be loaded: here, for here nothing is written yet.
+    """
     folder = resolve(recipe.load.source, recipe.load.revision)
+    check_folder(folder)
     conversions = recipe.load.model_dump(include=_CONVERSIONS, exclude_none=True)
     return recipe.load.model_dump(exclude=_CONVERSIONS) | conversions | {"content": content_fingerprint(folder)}
 

@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -154,7 +155,7 @@ def test_broken_folders(irs: dict[str, Path], tmp_path: Path) -> None:
     def broken(name: str) -> Path:
         return Path(shutil.copytree(irs["fp32"], tmp_path / name))
 
-    with pytest.raises(UserError, match="No such file"):
+    with pytest.raises(UserError, match="not found"):
         OpenVINOEngine.from_folder(tmp_path / "nowhere")
     folder = broken("without xml")
     (folder / IR_NAME).unlink()
@@ -177,6 +178,72 @@ def test_broken_folders(irs: dict[str, Path], tmp_path: Path) -> None:
         OpenVINOEngine.from_folder(folder)
     with pytest.raises(UserError, match="threads is 0"):
         OpenVINOEngine.from_folder(irs["fp32"], threads=0)
+
+
+WINDOWS = '<headroom><windows value="0,-4" /></headroom>'
+
+
+def _without(folder: Path, name: str) -> None:
+    (folder / name).unlink()
+
+
+def _other_config(folder: Path, **changes: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def _other_text(folder: Path, old: str, new: str) -> None:
+    text = (folder / IR_NAME).read_text()
+    assert old in text
+    (folder / IR_NAME).write_text(text.replace(old, new))
+
+
+def _other_bytes(folder: Path) -> None:
+    path = (folder / IR_NAME).with_suffix(".bin")
+    raw = bytearray(path.read_bytes())
+    raw[3000:3400] = b"\xff" * 400  # NaN in FP32
+    path.write_bytes(raw)
+
+
+@pytest.mark.parametrize(
+    ("harm", "said"),
+    [
+        (lambda folder: _other_config(folder, n_positions=38), "n_positions is 37 in the IR, 38 by config.json"),
+        (lambda folder: _other_config(folder, n_positions=10**9), "n_positions is 37 in the IR, 1000000000 by"),
+        (lambda folder: _other_config(folder, n_positions=10**30), "n_positions is 1000"),
+        (lambda folder: _other_config(folder, vocab_size=102), "vocab_size is 101 in the IR, 102 by config.json"),
+        (lambda folder: _other_config(folder, vocab_size="101"), "vocab_size is '101'; a whole number"),
+        (lambda folder: _other_config(folder, vocab_size=None), "vocab_size is None"),
+        (lambda folder: (folder / "config.json").write_text("[" * 9999), "nested too deep"),
+        (lambda folder: (folder / "config.json").write_text("7"), "holds no mapping but 7"),
+        (lambda folder: _without(folder, "openvino_model.bin"), "with its .bin"),
+        (lambda folder: (folder / IR_NAME).write_text("<model/>"), "no OpenVINO IR"),
+        (lambda folder: (folder / IR_NAME).write_bytes(b"\x00\xff" * 999), "no OpenVINO IR"),
+        (lambda folder: _other_text(folder, "position_ids", "positions"), "keeps its past as a state"),
+        (lambda folder: _other_text(folder, 'names="logits"', 'names="probabilities"'), "keeps its past as a state"),
+        (_other_bytes, "self.transformer.wte.weight holds NaN or infinity"),
+        (lambda folder: _other_text(folder, "</rt_info>", f"{WINDOWS}</rt_info>"), "sliding windows 0,-4 for 3 layers"),
+    ],
+    ids=range(15),
+)  # fmt: skip
+def test_an_ir_that_is_not_what_its_folder_says(
+    irs: dict[str, Path], tmp_path: Path, harm: Callable[[Path], object], said: str
+) -> None:
+    """Past its table of positions, or with another vocabulary, an IR would answer all the same."""
+    folder = Path(shutil.copytree(irs["fp32"], tmp_path / "ir"))
+    harm(folder)
+    with pytest.raises(UserError) as error:
+        OpenVINOEngine.from_folder(folder)
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+def test_rotary_positions_take_no_more_memory_than_there_is(tmp_path: Path) -> None:
+    """They have no table to hold config.json against."""
+    folder = export_openvino(uneven_model(position="rope", n_layer=1, kept_heads=[[0, 2]]), tmp_path)
+    _other_config(folder, n_positions=2**31 - 1)
+    engine = OpenVINOEngine.from_folder(folder)
+    with pytest.raises(UserError, match="no memory for the keys and values of 4000 x 2147483647 tokens"):
+        engine.prefill(torch.ones(4000, 2, dtype=torch.int64))
 
 
 def test_missing_openvino_is_one_line(irs: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -224,3 +224,10 @@ def test_nothing_on_stdout(
 ) -> None:
     INCQuantizer.from_pretrained(model).quantize(WeightOnlyConfig("gptq"), blocks)
     assert capfd.readouterr().out == ""
+
+
+def test_an_untied_head_is_refused(model: CompactGPT2LMHeadModel) -> None:
+    """One table of codes would serve as both."""
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight * 1.01)
+    with pytest.raises(UserError, match=r"lm_head\.weight differs from transformer\.wte\.weight"):
+        INCQuantizer(model)

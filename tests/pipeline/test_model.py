@@ -1,11 +1,12 @@
 """CompactGPT2 against Hugging Face's GPT-2: the same function, and what stock GPT-2 cannot do."""
 
 import json
+from collections.abc import Callable
 
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GPT2LMHeadModel
 
 from pipeline.model import (
     CompactGPT2Config,
@@ -182,13 +183,29 @@ def test_a_pruned_model_has_no_gpt2_form(tiny_model):
         {"scale_attn_by_inverse_layer_idx": True},
         {"scale_attn_weights": False},
         {"add_cross_attention": True},
-        {"tie_word_embeddings": False},
+        {"reorder_and_upcast_attn": True},
+        {"is_causal": False},
     ],
     ids=lambda variant: next(iter(variant)),
 )
 def test_variants_that_compute_something_else_are_refused(make_gpt2, variant):
     with pytest.raises(ValueError, match=next(iter(variant))):
         from_gpt2(make_gpt2(**variant))
+
+
+def test_an_untied_head_is_never_dropped(make_gpt2: Callable[..., GPT2LMHeadModel]) -> None:
+    """Whatever the configuration says: the weights decide."""
+    untied = make_gpt2(tie_word_embeddings=False)
+    with pytest.raises(ValueError, match=r"lm_head\.weight differs from transformer\.wte\.weight"):
+        from_gpt2(untied)
+    compact = from_gpt2(make_gpt2())
+    compact.lm_head.weight = torch.nn.Parameter(compact.lm_head.weight * 1.01)
+    with pytest.raises(ValueError, match=r"lm_head\.weight differs from transformer\.wte\.weight"):
+        to_gpt2(compact)
+    untied.lm_head.weight = torch.nn.Parameter(untied.transformer.wte.weight.detach().clone())
+    ids = torch.tensor([[3, 1, 4, 1, 5]])
+    with torch.no_grad():
+        torch.testing.assert_close(from_gpt2(untied)(ids).logits, untied(ids).logits, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
