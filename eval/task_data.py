@@ -29,20 +29,25 @@ def load_documents(task: str, folder: Path | None = None) -> Documents:
     """
     if task not in _TASKS:
         raise UserError(f"task {task}: unknown; give one of {', '.join(_TASKS)}")
-    rows = _from_hub(task) if folder is None else _from_folder(task, folder)
+    rows = _from_hub(task) if folder is None else _from_folder(task, folder.expanduser())
     return Documents(rows, hashlib.sha256(json.dumps(rows).encode()).hexdigest())
 
 
 def _hellaswag(raw: dict[str, Any]) -> dict[str, Any]:
     row = {"query": raw["ctx"], "choices": list(raw["endings"]), "gold": int(raw["label"])}
-    if len(row["choices"]) != 4 or not 0 <= row["gold"] < 4 or not row["query"] or not all(row["choices"]):
+    if len(row["choices"]) != 4 or not 0 <= row["gold"] < 4 or not all(map(_is_text, (row["query"], *row["choices"]))):
         raise ValueError("4 endings and a label from 0 to 3 after a context are needed")
     return row
 
 
+def _is_text(value: Any) -> bool:
+    """Whether it can be tokenised. Raises `ValueError` for half a character, which JSON can hold and UTF-8 cannot."""
+    return isinstance(value, str) and value.encode() != b""
+
+
 def _lambada(raw: dict[str, Any]) -> dict[str, Any]:
     query, _, word = raw["text"].rpartition(" ")
-    if not query or not word:
+    if not _is_text(query) or not _is_text(word):
         raise ValueError("a passage of two words or more is needed")
     return {"query": query, "choices": [word], "gold": 0}
 
@@ -71,13 +76,16 @@ def _from_folder(task: str, folder: Path) -> list[dict[str, Any]]:
         raise UserError(f"task {task}: no {' or '.join(patterns)} below {folder}; give the folder that holds it")
     rows: list[dict[str, Any]] = []
     try:
+        if not path.is_file():
+            raise UserError(f"{path}: no regular file; give a readable file")
         packed = path.read_bytes()
-        lines = (bz2.decompress(packed) if path.suffix == ".bz2" else packed).decode("utf-8").rstrip().split("\n")
+        text = (bz2.decompress(packed) if path.suffix == ".bz2" else packed).decode("utf-8-sig")
+        lines = text.replace("\r\n", "\n").rstrip().split("\n")
         for raw in map(json.loads, lines) if path.suffix == ".jsonl" else _six_lines(lines):
             rows.append(_TASKS[task].row(raw))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}; give a readable file") from error
-    except (ValueError, KeyError, TypeError, AttributeError, EOFError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, EOFError, RecursionError) as error:
         raise UserError(f"{path}: damaged at document {len(rows) + 1} ({error}); copy it again") from error
     if len(rows) < 2:
         raise UserError(f"{path}: {len(rows)} documents; a score needs at least 2")

@@ -291,7 +291,7 @@ class Measurer:
         def make() -> dict[str, Any]:
             print(f"measure: tasks of {subject.key}", file=sys.stderr)
             tokenizer = load_tokenizer(self.run.stage("load") / "model")
-            lm = EngineLM(self._engine(subject), tokenizer, responses=responses)
+            lm = EngineLM(self._engine(subject), tokenizer, encode, responses=responses)
             return {name: asdict(score) for name, score in evaluate(lm, documents, limit=limit).items()}
 
         scores = self._kept("tasks", [subject], make, asked)

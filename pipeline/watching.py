@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 
 from eval.task_data import load_documents
+from pipeline.data import encode
 from pipeline.model import CompactGPT2Config, CompactGPT2LMHeadModel
 from pipeline.recipe import HellaSwag
 from pipeline.training import ResumingTrainer, is_main_process
@@ -109,7 +110,7 @@ class Quiz(TrainerCallback):
         from eval.tasks import EngineLM, evaluate
         from pipeline.engines.torch import TorchEngine
 
-        lm = EngineLM(TorchEngine(model, device=str(model.device)), self.tokenizer)
+        lm = EngineLM(TorchEngine(model, device=str(model.device)), self.tokenizer, encode)
         return evaluate(lm, {"hellaswag": self.documents}, limit=self.choices.limit)["hellaswag"].accuracy
 
 

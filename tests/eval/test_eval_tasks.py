@@ -13,6 +13,7 @@ from lm_eval.api.instance import Instance
 from eval.errors import UserError, WorkError
 from eval.task_data import Documents, load_documents
 from eval.tasks import EngineLM, evaluate
+from pipeline.data import encode
 
 WORDS = "the cat dog hat mat sat saw ran on and other old red big bird sang"
 
@@ -38,7 +39,7 @@ def endings(count: int = 5, seed: int = 0) -> Documents:
 @pytest.fixture
 def lm(make_engine, tiny_model, tiny_tokenizer):
     def make(**options) -> EngineLM:
-        return EngineLM(make_engine(tiny_model), tiny_tokenizer, **options)
+        return EngineLM(make_engine(tiny_model), tiny_tokenizer, encode, **options)
 
     return make
 
