@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from eval.errors import UserError, reason
+from eval.errors import UserError, why_no_hub
 
 
 class Documents(NamedTuple):
@@ -29,7 +29,7 @@ def load_documents(task: str, folder: Path | None = None) -> Documents:
     """
     if task not in _TASKS:
         raise UserError(f"task {task}: unknown; give one of {', '.join(_TASKS)}")
-    rows = _from_hub(task) if folder is None else _from_folder(task, folder.expanduser())
+    rows = _from_hub(task) if folder is None else _from_folder(task, folder)
     return Documents(rows, hashlib.sha256(json.dumps(rows).encode()).hexdigest())
 
 
@@ -99,10 +99,14 @@ def _six_lines(lines: list[str]) -> Iterator[dict[str, Any]]:
 
 
 def _from_hub(task: str) -> list[dict[str, Any]]:
+    import huggingface_hub
     from datasets import load_dataset
 
     name, config, split = _TASKS[task].dataset
     try:
+        huggingface_hub.utils.logging.set_verbosity_error()  # it tells of each of its retries
         return [_TASKS[task].row(raw) for raw in load_dataset(name, config, split=split)]
     except Exception as error:  # datasets raises many kinds; each means that it is not to be had
-        raise UserError(f"task {task}: {name} cannot be loaded ({reason(error)}); give --task-data FOLDER") from error
+        raise UserError(
+            f"task {task}: {name} cannot be loaded ({why_no_hub(error)}); give --task-data FOLDER"
+        ) from error

@@ -1,15 +1,13 @@
-"""Where models come from: the embedded one, folders, the Hub; and why the Hub gave nothing."""
+"""Where models come from: the embedded one, folders, the Hub."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
-from eval.errors import UserError, reason
+from eval.errors import UserError, reason, why_no_hub
 from pipeline.reading import expanded
 
 EMBEDDED = Path(__file__).parent / "assets" / "gpt2-mini"
 WANTED = ["*.json", "*.safetensors", "merges.txt", "*.model"]
 """The files of a model folder that decide what it computes."""
-_UNREACHABLE = {"OfflineModeIsEnabled", "LocalEntryNotFoundError", "TransportError", "ConnectionError"}
 
 
 def resolve(source: str, revision: str | None = None) -> Path:
@@ -39,29 +37,6 @@ def resolve(source: str, revision: str | None = None) -> Path:
         return Path(snapshot_download(source, revision=revision, allow_patterns=WANTED))
     except Exception as error:  # offline, unknown id, no permission: all mean that the model is not to be had
         raise UserError(
-            f"model {source}: no such folder, and {why_not(error)}; "
+            f"model {source}: no such folder, and {why_no_hub(error)}; "
             "or copy the model to a folder and give its path, or use the embedded model"
         ) from error
-
-
-def why_not(error: BaseException) -> str:
-    """Why the Hub gave nothing, and what would help."""
-    causes = list(_causes(error))
-    kinds = {kind.__name__ for cause in causes for kind in type(cause).__mro__}
-    if kinds & _UNREACHABLE or any("client has been closed" in str(cause) for cause in causes):
-        offline = "OfflineModeIsEnabled" in kinds
-        return f"the Hub cannot be reached: {'unset HF_HUB_OFFLINE' if offline else 'connect to the network'}"
-    if "GatedRepoError" in kinds:
-        return "the Hub gives it only to those who asked: accept its terms there and set HF_TOKEN"
-    if "RevisionNotFoundError" in kinds:
-        return "the Hub has no such revision of it: give another"
-    if kinds & {"RepositoryNotFoundError", "HFValidationError", "DatasetNotFoundError"}:
-        return "the Hub has none of that name: check it, or set HF_TOKEN if it is private"
-    return f"the Hub gave none: {reason(error)}"
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """An error and what it came of."""
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__

@@ -35,6 +35,7 @@ from pipeline.data import encode, sha256_text
 from pipeline.engines import load_engine
 from pipeline.engines.cuda import why_not as why_no_kernels
 from pipeline.engines.openvino import OpenVINOEngine
+from pipeline.reading import expanded
 from pipeline.recipe import Measure, Recipe, Tasks
 from pipeline.texts import load_text
 from pipeline.tokenizer import load_tokenizer
@@ -139,7 +140,7 @@ def load_tasks(choices: Tasks) -> dict[str, Documents]:
     """
     if choices.names:
         import eval.tasks  # noqa: F401
-    return {name: load_documents(name, Path(choices.data) if choices.data else None) for name in choices.names}
+    return {name: load_documents(name, expanded(choices.data) if choices.data else None) for name in choices.names}
 
 
 class Measurer:

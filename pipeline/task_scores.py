@@ -10,6 +10,7 @@ from eval.tasks import EngineLM, evaluate
 from pipeline.artifacts import disk_errors, fingerprint, sha256_tree, versions
 from pipeline.data import encode
 from pipeline.engines import default_engine, load_engine
+from pipeline.reading import expanded
 from pipeline.tokenizer import load_tokenizer
 from plots.tasks import PUBLISHED
 
@@ -28,7 +29,7 @@ def score_folder(
     `options` are `engine`, `device` and `precision`, or `None` for the folder's own. Answers are kept below `cache`
     by the content of the folder and how it is run. Raises `UserError` for unknown tasks, or what they need.
     """
-    documents = {task: load_documents(task, data) for task in tasks}
+    documents = {task: load_documents(task, expanded(data) if data else None) for task in tasks}
     engine = load_engine(
         options["engine"] or default_engine(model), model, device=options["device"], precision=options["precision"]
     )

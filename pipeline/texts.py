@@ -3,8 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from eval.errors import UserError
-from pipeline.hub import why_not
+from eval.errors import UserError, why_no_hub
 from pipeline.reading import expanded, read_rows, read_text, row_text
 from pipeline.wikitext import rows as wikitext_rows
 
@@ -66,7 +65,7 @@ def hub_rows(source: str, *, streaming: bool = False) -> Any:
         return load_dataset(dataset, config or None, split=split, streaming=streaming)
     except Exception as error:  # datasets raises many kinds; each means that the text is not to be had
         raise UserError(
-            f"text {source}: cannot be loaded ({why_not(error)}); give a file or embedded:SPLIT instead"
+            f"text {source}: cannot be loaded ({why_no_hub(error)}); give a file or embedded:SPLIT instead"
         ) from error
 
 

@@ -31,6 +31,7 @@ def load_tokenizer(folder: Path, vocab_size: int | None = None) -> PreTrainedTok
             tokenizer = _class(clean).from_pretrained(clean, local_files_only=True, trust_remote_code=False)
         if not isinstance(tokenizer, PreTrainedTokenizerBase):
             raise ValueError(f"{type(tokenizer).__name__} is no tokenizer's class")
+        tokenizer.init_kwargs.pop("fast_tokenizer_files", None)  # a copy has one file, tokenizer.json
         ids = tokenizer.get_vocab()
         # Where files are missing, transformers makes a tokenizer without them: nothing but special tokens.
         if tokenizer.vocab_size == 0 or not ids:

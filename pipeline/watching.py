@@ -3,7 +3,6 @@
 import contextlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from transformers import TrainerCallback
 from eval.task_data import load_documents
 from pipeline.data import encode
 from pipeline.model import CompactGPT2Config, CompactGPT2LMHeadModel
+from pipeline.reading import expanded
 from pipeline.recipe import HellaSwag
 from pipeline.training import ResumingTrainer, is_main_process
 
@@ -95,7 +95,7 @@ class Quiz(TrainerCallback):
     def __init__(self, trainer: ResumingTrainer, meter: Meter, tokenizer: Any, choices: HellaSwag):
         self.trainer, self.meter, self.tokenizer, self.choices = trainer, meter, tokenizer, choices
         if is_main_process():
-            self.documents = load_documents("hellaswag", Path(choices.data) if choices.data else None)
+            self.documents = load_documents("hellaswag", expanded(choices.data) if choices.data else None)
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step % self.choices.every:
