@@ -196,8 +196,9 @@ def test_documents_from_files(tmp_path: Path) -> None:
     (place / "hellaswag_val_full.txt.bz2").write_bytes(bz2.compress(SIX.encode()))
     packed = load_documents("hellaswag", tmp_path)
     assert packed.rows == ROWS
-    (place / "hellaswag_val.txt").write_text(SIX)
-    assert load_documents("hellaswag", tmp_path) == packed
+    for form in (SIX, "\ufeff" + SIX, SIX.replace("\n", "\r\n")):
+        (place / "hellaswag_val.txt").write_bytes(form.encode())
+        assert load_documents("hellaswag", tmp_path) == packed
     lines = [{"ctx": row["query"], "endings": row["choices"], "label": row["gold"]} for row in ROWS]
     (place / "hellaswag_val.jsonl").write_text("\n".join(map(json.dumps, lines)))
     assert load_documents("hellaswag", tmp_path) == packed
@@ -220,6 +221,10 @@ def test_documents_from_files(tmp_path: Path) -> None:
         ("hellaswag_val.jsonl", b'{"ctx": "a"}\n', "damaged at document 1 ('endings')"),
         ("hellaswag_val.jsonl", b"\xff\n", "damaged at document 1"),
         ("hellaswag_val.jsonl", b"3\n", "damaged at document 1"),
+        ("hellaswag_val.jsonl", b'{"ctx": 3, "endings": ["a", "b", "c", "d"], "label": 0}\n', "4 endings and a label"),
+        ("hellaswag_val.jsonl", b'{"ctx": "a", "endings": [1, 2, 3, 4], "label": 0}\n', "4 endings and a label"),
+        ("lambada_test.jsonl", b"[" * 99_999, "damaged at document 1"),
+        ("lambada_test.jsonl", b'{"text": "half \\ud83d"}\n', "damaged at document 1"),
         ("lambada_test.jsonl", b'{"text": "word"}\n', "a passage of two words"),
         ("lambada_test.jsonl", b'{"text": "two words"}\n', "1 documents; a score needs at least 2"),
         ("other.txt", b"", "no hellaswag_val*.jsonl or hellaswag_val*.txt"),
