@@ -476,7 +476,9 @@ def prepare(
 def pretrain(
     text: Annotated[
         Path | None,
-        typer.Option(help="Training text (.txt or .txt.xz); more files may follow. Or: --set shards=FOLDER"),
+        typer.Option(
+            help="Training text (.txt or .jsonl, perhaps packed as .gz, .bz2 or .xz); more files may follow. Or: --set shards=FOLDER"
+        ),
     ] = None,
     more: Annotated[list[Path] | None, typer.Argument(metavar="[FILE]...", help="More training text.")] = None,
     recipe: Annotated[str, typer.Option(help="A preset (mini, gpt2-124M, gpt2-350M) or a .yaml file.")] = "mini",
@@ -534,7 +536,9 @@ def pretrain(
 def scaling(
     text: Annotated[
         Path | None,
-        typer.Option(help="Training text (.txt or .txt.xz); more files may follow. By default the embedded text."),
+        typer.Option(
+            help="Training text (.txt or .jsonl, perhaps packed as .gz, .bz2 or .xz); more files may follow. By default the embedded text."
+        ),
     ] = None,
     more: Annotated[list[Path] | None, typer.Argument(metavar="[FILE]...", help="More training text.")] = None,
     recipe: Annotated[str, typer.Option(help="A preset (scaling-mini, scaling-gpu) or a .yaml file.")] = "scaling-mini",

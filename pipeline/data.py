@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import Dataset
 
 from eval.errors import UserError
-from pipeline.tokenizer import refusals
+from pipeline.refusals import refusals
 
 IGNORE = -100
 """The label of a position that does not count in a loss."""

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -12,7 +11,8 @@ from typing import Any
 import transformers
 from transformers import PreTrainedTokenizerBase
 
-from eval.errors import UserError, reason
+from eval.errors import UserError
+from pipeline.refusals import refusals
 
 _DIRECT = {"TokenizersBackend", "PreTrainedTokenizerFast", "GPT2Tokenizer", "GPT2TokenizerFast"}
 """The classes that `AutoTokenizer` takes a GPT-2 folder's word for; it imports all of transformers to tell."""
@@ -44,36 +44,6 @@ def load_tokenizer(folder: Path, vocab_size: int | None = None) -> PreTrainedTok
             f"its ids are 0 to {vocab_size - 1}: give the tokenizer that the model was trained with"  # type: ignore[operator]
         )
     return tokenizer
-
-
-@contextlib.contextmanager
-def refusals(what: str, remedy: str = "give another tokenizer or text") -> Iterator[None]:
-    """Whatever a tokenizer raises, panics too, as one `UserError`, without the stack that Rust prints of them."""
-    try:
-        with _silent_stderr():
-            yield
-    except BaseException as error:
-        # tokenizers raises bare Exception for a damaged file, and panics are no Exception at all.
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        raise UserError(f"{what} ({reason(error)}); {remedy}") from error
-
-
-@contextlib.contextmanager
-def _silent_stderr() -> Iterator[None]:
-    """Let what is written to the process's stderr, past Python, vanish."""
-    try:
-        kept = os.dup(2)
-    except OSError:  # closed
-        yield
-        return
-    try:
-        with Path(os.devnull).open("wb") as nowhere:
-            os.dup2(nowhere.fileno(), 2)
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
 
 
 def stored_state(folder: Path) -> dict[str, dict[str, Any]]:

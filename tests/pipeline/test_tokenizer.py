@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, ByT5Tokenizer, GPT2LMHeadModel
 
 from eval.errors import UserError
 from pipeline.data import encode, scored_bytes
+from pipeline.refusals import refusals
 from pipeline.tokenizer import load_tokenizer
 
 TRUNCATION = {"direction": "Right", "max_length": 12, "strategy": "LongestFirst", "stride": 3}
@@ -285,11 +286,13 @@ def test_a_panic_is_one_line(folder: Path, cli, tmp_path: Path) -> None:
     assert (code, stdout, err.count("\n")) == (2, "", 1)
     assert "the tokenizer gives up on the text (Onig: Regex search error" in err
     assert encode("b c", load_tokenizer(folder)).tolist() == own(folder, "b c")
+    words = ("--tokenizer", folder, "--workers", 1, "--out", tmp_path / "shards")
+    code, stdout, err = cli("data", "prepare", tmp_path / "text.txt", *words)
+    assert (code, stdout, err.count("\n")) == (2, "", 1)
+    assert "the tokenizer gives up on a document (Onig: Regex search error" in err
 
 
 def test_an_interrupt_is_none_of_the_tokenizers_refusals() -> None:
-    from pipeline.tokenizer import refusals
-
     with pytest.raises(KeyboardInterrupt), refusals("no matter"):
         raise KeyboardInterrupt
 
