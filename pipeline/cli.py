@@ -477,7 +477,7 @@ def pretrain(
     text: Annotated[
         Path | None,
         typer.Option(
-            help="Training text (.txt or .jsonl, perhaps packed as .gz, .bz2 or .xz); more files may follow. Or: --set shards=FOLDER"
+            help="Training text (.txt or .jsonl, also .gz, .bz2, .xz); more may follow. Or: --set shards=FOLDER"
         ),
     ] = None,
     more: Annotated[list[Path] | None, typer.Argument(metavar="[FILE]...", help="More training text.")] = None,
@@ -537,7 +537,7 @@ def scaling(
     text: Annotated[
         Path | None,
         typer.Option(
-            help="Training text (.txt or .jsonl, perhaps packed as .gz, .bz2 or .xz); more files may follow. By default the embedded text."
+            help="Training text (.txt or .jsonl, also .gz, .bz2, .xz); more may follow. By default the embedded text."
         ),
     ] = None,
     more: Annotated[list[Path] | None, typer.Argument(metavar="[FILE]...", help="More training text.")] = None,

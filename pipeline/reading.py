@@ -20,6 +20,7 @@ from eval.errors import UserError
 
 JSON_LINES = (".jsonl", ".ndjson", ".json")
 _BOM = b"\xef\xbb\xbf"
+_OTHER_BOMS = (b"\xff\xfe", b"\xfe\xff", b"\x00\x00\xfe\xff")
 _HEAD = 10
 
 
@@ -37,7 +38,6 @@ _PACKINGS: dict[str, _Packing] = {
 _REFUSED = {
     rb"\x28\xb5\x2f\xfd": "is packed by zstd; unpack it, or pack it by gzip, bzip2 or xz",
     rb"PK\x03\x04": "is a zip archive; unpack it and give the files in it",
-    rb"\xff\xfe|\xfe\xff|\x00\x00\xfe\xff": "not UTF-8 text: its byte order mark is another's; save it as UTF-8",
 }
 
 
@@ -121,7 +121,8 @@ def read_rows(path: str | Path) -> list[str]:
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text (byte {error.start}); give a plain text file") from error
+        where = "its byte order mark is another's" if raw.startswith(_OTHER_BOMS) else f"byte {error.start}"
+        raise UserError(f"{path}: not UTF-8 text ({where}); save it as UTF-8") from error
     if "\x00" in text:
         raise UserError(f"{path}: holds NUL bytes, so it is no text file; give a plain text file")
     rows = list(_json_rows(text, path)) if holds_json(path) else [text]

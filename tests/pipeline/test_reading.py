@@ -105,9 +105,6 @@ FILES = {
     "zstd.txt": (b"\x28\xb5\x2f\xfd\x00", "packed by zstd"),
     "text.txt.zst": (b"words", r"not a whole \.zst file"),
     "zip.txt": (b"PK\x03\x04\x14\x00", "a zip archive"),
-    "utf16.txt": ("a cat".encode("utf-16"), "byte order mark is another's; save it as UTF-8"),
-    "utf16be.txt": (b"\xfe\xff\x00a", "byte order mark is another's"),
-    "utf32.txt": ("a cat".encode("utf-32"), "byte order mark is another's"),
     "plain.txt.gz": (b"words", r"not a whole \.gz file"),
     "plain.bz2": (b"BZh9 is no mark", r"not a whole \.bz2 file"),
     "none.gz": (b"", r"not a whole \.gz file"),
@@ -125,6 +122,15 @@ def test_what_is_no_text_is_never_taken_for_prose(name: str, tmp_path: Path) -> 
     (tmp_path / name).write_bytes(FILES[name][0])
     with pytest.raises(UserError, match=FILES[name][1]):
         raise UserError(refused(tmp_path / name))
+
+
+@pytest.mark.parametrize("kind", ["utf-16", "utf-32", "utf-16-be", "utf-32-be"])
+def test_other_encodings_are_named_and_left_out_of_a_corpus(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    path.write_bytes(("\ufeff" * kind.endswith("be") + "a cat").encode(kind))
+    with pytest.raises(UserError, match=r"not UTF-8 text \(its byte order mark is another's\); save it as UTF-8"):
+        read_rows(path)
+    assert list(TextFile(path).documents()) == [path.read_bytes()]  # which `data prepare` counts as no UTF-8
 
 
 def test_text_that_begins_like_a_packed_file(tmp_path: Path) -> None:
