@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from eval.errors import UserError, reason
+from eval.errors import UserError, why_no_hub
 
 
 class Documents(NamedTuple):
@@ -35,14 +35,19 @@ def load_documents(task: str, folder: Path | None = None) -> Documents:
 
 def _hellaswag(raw: dict[str, Any]) -> dict[str, Any]:
     row = {"query": raw["ctx"], "choices": list(raw["endings"]), "gold": int(raw["label"])}
-    if len(row["choices"]) != 4 or not 0 <= row["gold"] < 4 or not row["query"] or not all(row["choices"]):
+    if len(row["choices"]) != 4 or not 0 <= row["gold"] < 4 or not all(map(_is_text, (row["query"], *row["choices"]))):
         raise ValueError("4 endings and a label from 0 to 3 after a context are needed")
     return row
 
 
+def _is_text(value: Any) -> bool:
+    """Whether it can be tokenised. Raises `ValueError` for half a character, which JSON can hold and UTF-8 cannot."""
+    return isinstance(value, str) and value.encode() != b""
+
+
 def _lambada(raw: dict[str, Any]) -> dict[str, Any]:
     query, _, word = raw["text"].rpartition(" ")
-    if not query or not word:
+    if not _is_text(query) or not _is_text(word):
         raise ValueError("a passage of two words or more is needed")
     return {"query": query, "choices": [word], "gold": 0}
 
@@ -71,13 +76,16 @@ def _from_folder(task: str, folder: Path) -> list[dict[str, Any]]:
         raise UserError(f"task {task}: no {' or '.join(patterns)} below {folder}; give the folder that holds it")
     rows: list[dict[str, Any]] = []
     try:
+        if not path.is_file():
+            raise UserError(f"{path}: no regular file; give a readable file")
         packed = path.read_bytes()
-        lines = (bz2.decompress(packed) if path.suffix == ".bz2" else packed).decode("utf-8").rstrip().split("\n")
+        text = (bz2.decompress(packed) if path.suffix == ".bz2" else packed).decode("utf-8-sig")
+        lines = text.replace("\r\n", "\n").rstrip().split("\n")
         for raw in map(json.loads, lines) if path.suffix == ".jsonl" else _six_lines(lines):
             rows.append(_TASKS[task].row(raw))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}; give a readable file") from error
-    except (ValueError, KeyError, TypeError, AttributeError, EOFError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, EOFError, RecursionError) as error:
         raise UserError(f"{path}: damaged at document {len(rows) + 1} ({error}); copy it again") from error
     if len(rows) < 2:
         raise UserError(f"{path}: {len(rows)} documents; a score needs at least 2")
@@ -91,10 +99,14 @@ def _six_lines(lines: list[str]) -> Iterator[dict[str, Any]]:
 
 
 def _from_hub(task: str) -> list[dict[str, Any]]:
+    import huggingface_hub
     from datasets import load_dataset
 
     name, config, split = _TASKS[task].dataset
     try:
+        huggingface_hub.utils.logging.set_verbosity_error()  # it tells of each of its retries
         return [_TASKS[task].row(raw) for raw in load_dataset(name, config, split=split)]
     except Exception as error:  # datasets raises many kinds; each means that it is not to be had
-        raise UserError(f"task {task}: {name} cannot be loaded ({reason(error)}); give --task-data FOLDER") from error
+        raise UserError(
+            f"task {task}: {name} cannot be loaded ({why_no_hub(error)}); give --task-data FOLDER"
+        ) from error

@@ -3,11 +3,12 @@
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import torch
 from lm_eval import evaluator
 from lm_eval.api.instance import Instance
@@ -30,13 +31,21 @@ class EngineLM(TemplateLM):
     """Any `eval.engine.Engine` as a model of the harness.
 
     Requests run longest first, so that memory shows its worst at once and neighbours are of like length; rows of
-    a batch are filled up on the right, which causal attention never looks at. With `responses`, a file,
-    each answer is kept as it comes, and one that is there is not asked for again.
+    a batch are filled up on the right, which causal attention never looks at. `encode` is how a text becomes tokens.
+    With `responses`, a file, each answer is kept as it comes, and one that is there is not asked for again.
     """
 
-    def __init__(self, engine: Engine, tokenizer: Any, *, batch: int = 32, responses: Path | None = None):
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: Any,
+        encode: Callable[[str, Any], np.ndarray],
+        *,
+        batch: int = 32,
+        responses: Path | None = None,
+    ):
         super().__init__()
-        self.engine, self.tokenizer, self.batch = engine, tokenizer, batch
+        self.engine, self.tokenizer, self.encode, self.batch = engine, tokenizer, encode, batch
         self._responses = responses
         self._known = dict(_read_responses(responses)) if responses else {}
 
@@ -47,7 +56,7 @@ class EngineLM(TemplateLM):
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         """Token ids without special tokens."""
-        return self.tokenizer.backend_tokenizer.encode(string, add_special_tokens=False).ids
+        return self.encode(string, self.tokenizer).tolist()
 
     def count(self, context: str, continuation: str) -> int:
         """How many tokens of the pair are scored."""

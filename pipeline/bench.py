@@ -42,9 +42,16 @@ def bench(
     }
     if len(loaded) < len(models):
         raise UserError("the same folder with the same engine is named twice; name each once")
+    smallest = min(loaded, key=lambda name: loaded[name].vocab_size)
+    pool = encode(load_text(_PROMPT_TEXT), load_tokenizer(models[0], next(iter(loaded.values())).vocab_size))
+    if pool.max() >= loaded[smallest].vocab_size:
+        raise UserError(
+            f"{smallest}: has no token {pool.max()}, which the prompt has by {models[0]}'s tokenizer; "
+            "bench models of one tokenizer"
+        )
     latencies = measure(
         loaded,
-        prompt_pool=encode(load_text(_PROMPT_TEXT), load_tokenizer(models[0])),
+        prompt_pool=pool,
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
         batch=batch,

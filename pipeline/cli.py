@@ -27,12 +27,22 @@ app.add_typer(data, name="data")
 Out = Annotated[Path, typer.Option(help="The run folder; stages that are up to date there are skipped.")]
 RecipeName = Annotated[str | None, typer.Option("--recipe", help="A preset (demo, gpt2) or a .yaml file.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Change one recipe key, as in prune.ratio=0.3.")]
+Model = Annotated[
+    str, typer.Argument(help="A model folder (safetensors in Hub format, or an OpenVINO IR), a Hub id, or embedded.")
+]
 ModelDir = Annotated[Path, typer.Argument(help="A model folder: safetensors in Hub format, or an OpenVINO IR.")]
 EngineName = Annotated[
     str | None,
     typer.Option("--engine", help="torch, cuda (own kernels) or openvino; by default torch, or openvino for an IR."),
 ]
-Text = Annotated[str, typer.Option(help="embedded:test, hub:DATASET[@CONFIG]:SPLIT, or a text file.")]
+Text = Annotated[
+    str,
+    typer.Option(
+        help="embedded:test, hub:DATASET[@CONFIG]:SPLIT, wikitext:FILE (WikiText's raw form), or a text file, taken as "
+        "it is: UTF-8, or .jsonl with a text in each line. .gz, .bz2 and .xz are unpacked. Rows are joined by a blank "
+        "line. Special tokens that the tokenizer would put around a text are left out."
+    ),
+]
 Device = Annotated[
     str | None, typer.Option(help="cpu or cuda:0 (not for openvino); by default the GPU if there is one.")
 ]
@@ -54,6 +64,13 @@ def _recipe(name: str | None, changes: list[str] | None, out: Path) -> Any:
 
     kept = out / "recipe.yaml"
     return load_recipe(Recipe, name or (kept if kept.exists() else "demo"), changes or [])
+
+
+def _folder(model: str | Path) -> Path:
+    """The folder of a model that a verb is given; what lies there goes before the embedded model."""
+    from pipeline.hub import resolve
+
+    return Path(model) if str(model) == "embedded" and Path(model).is_dir() else resolve(str(model))
 
 
 @app.command()
@@ -165,7 +182,7 @@ def sweep(
 
 @app.command()
 def evaluate(
-    model: ModelDir,
+    model: Model,
     engine: EngineName = None,
     text: Text = "embedded:test",
     stride: Annotated[int | None, typer.Option(min=1, help="Tokens between windows; by default the context.")] = None,
@@ -191,47 +208,49 @@ def evaluate(
     """Perplexity of a model folder on a text, by sliding window; or its accuracy on tasks."""
     from dataclasses import asdict
 
+    folder = _folder(model)
     if tasks is not None:
         from pipeline.task_scores import format_scores, score_folder
 
         options = {"engine": engine, "device": device, "precision": precision}
-        outcome = score_folder(model, tasks.split(","), options, data=task_data, limit=limit, cache=task_cache)
+        outcome = score_folder(folder, tasks.split(","), options, data=task_data, limit=limit, cache=task_cache)
         print(json.dumps(outcome) if as_json else format_scores(outcome))
         return outcome
     from eval.perplexity import perplexity
-    from pipeline.data import encode, sha256_text
+    from pipeline.data import encode, scored_bytes, sha256_text
     from pipeline.engines import default_engine, load_engine
-    from pipeline.texts import load_text, raw_bytes
+    from pipeline.texts import load_text
     from pipeline.tokenizer import load_tokenizer
 
-    loaded = load_engine(engine or default_engine(model), model, device=device, precision=precision)
     content = load_text(text)
+    loaded = load_engine(engine or default_engine(folder), folder, device=device, precision=precision)
+    tokenizer = load_tokenizer(folder, loaded.vocab_size)
+    ids = encode(content, tokenizer)
     window = context or loaded.context
     quality = perplexity(
         loaded,
-        encode(content, load_tokenizer(model)),
+        ids,
         context=window,
         stride=stride or window,
         text_sha256=sha256_text(content),
         text_share=1.0,
     )
-    size = raw_bytes(text)
-    bits = quality.nll * quality.tokens / math.log(2) / size if size else None
+    size = scored_bytes(content, ids, tokenizer)
+    bits = quality.nll * quality.tokens / math.log(2) / size
     if as_json:
         about = {"engine": loaded.name, "device": loaded.device, "compute": loaded.compute}
-        print(json.dumps({**about, **asdict(quality), "bits_per_byte": bits}))
+        print(json.dumps({**about, **asdict(quality), "scored_bytes": size, "bits_per_byte": bits}))
     else:
         print(f"perplexity {quality.perplexity:.4f}  ({quality.tokens:,} tokens, {quality.nll:.4f} nats a token)")
-        if bits is not None:
-            print(f"bits per byte {bits:.4f}")
+        print(f"bits per byte {bits:.4f}  ({size:,} bytes)")
         print(f"{loaded.name} on {loaded.device}: {loaded.compute}; context {quality.context}, stride {quality.stride}")
     return quality
 
 
 @app.command()
 def compare(
-    a: Annotated[Path, typer.Argument(metavar="A", help="A model folder: what the other is taken for.")],
-    b: Annotated[Path, typer.Argument(metavar="B", help="A model folder; the same one for another engine.")],
+    a: Annotated[str, typer.Argument(metavar="A", help="A model folder or Hub id: what the other is taken for.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="A model folder or Hub id; the same one for another engine.")],
     engine: Annotated[list[str] | None, typer.Option("--engine", help="Once for both, or twice: A's, B's.")] = None,
     device: Annotated[list[str] | None, typer.Option("--device", help="Once for both, or twice.")] = None,
     precision: Annotated[list[str] | None, typer.Option("--precision", help="Once for both, or twice.")] = None,
@@ -246,14 +265,14 @@ def compare(
     from pipeline.comparing import compare_folders, format_comparison
 
     options = {"--engine": engine or [], "--device": device or [], "--precision": precision or []}
-    outcome = compare_folders((a, b), options, text=text, tokens=tokens)
+    outcome = compare_folders((_folder(a), _folder(b)), options, text=text, tokens=tokens)
     print(json.dumps(outcome) if as_json else format_comparison(outcome))
     return outcome
 
 
 @app.command()
 def generate(
-    model: ModelDir,
+    model: Model,
     prompt: Annotated[str, typer.Option(help="The text to go on from.")],
     engine: EngineName = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
@@ -264,15 +283,20 @@ def generate(
     device: Device = None,
     precision: Precision = None,
 ) -> str:
-    """Go on from a prompt; the text streams to stdout."""
+    """Go on from a prompt until one of the model's end-of-text tokens; the text streams to stdout."""
     from pipeline.engines import default_engine, load_engine
+    from pipeline.generation import check_sampling, end_tokens
     from pipeline.generation import generate as pieces
     from pipeline.tokenizer import load_tokenizer
 
-    loaded = load_engine(engine or default_engine(model), model, device=device, precision=precision)
+    sampling: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+    check_sampling(prompt, **sampling)
+    folder = _folder(model)
+    loaded = load_engine(engine or default_engine(folder), folder, device=device, precision=precision)
+    tokenizer = load_tokenizer(folder, loaded.vocab_size)
+    ends = end_tokens(folder, tokenizer)
     text = ""
-    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
-    for piece in pieces(loaded, load_tokenizer(model), prompt, max_new_tokens=max_new_tokens, **sampling):  # type: ignore[arg-type]
+    for piece in pieces(loaded, tokenizer, prompt, max_new_tokens=max_new_tokens, ends=ends, **sampling):
         print(piece, end="", flush=True)
         text += piece
     print()
@@ -282,7 +306,8 @@ def generate(
 @app.command()
 def bench(
     models: Annotated[
-        list[Path], typer.Argument(help="Model folders; the first one is what the others are compared with.")
+        list[str],
+        typer.Argument(help="Model folders or Hub ids; the first one is what the others are compared with."),
     ],
     engine: Annotated[list[str] | None, typer.Option("--engine", help="One for each folder, or one for all.")] = None,
     prompt_tokens: Annotated[int, typer.Option(min=1)] = 128,
@@ -297,7 +322,7 @@ def bench(
     from pipeline.bench import format_bench
 
     outcome = compare(
-        models,
+        [_folder(model) for model in models],
         engine or [],
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
@@ -420,16 +445,17 @@ def prepare(
 ) -> Any:
     """Tokenise a corpus into uint16 shards that llm.c and pretrain (--set shards=OUT) read.
 
-    An INPUT is a text file (.xz is unpacked; <|endoftext|> parts its documents), a folder of .txt and .txt.xz, or
-    hub:DATASET[@CONFIG]:SPLIT, streamed; a local folder in the Hub's format will do as DATASET.
+    An INPUT is a text file (<|endoftext|> parts its documents), a .jsonl file (the text in each line is one), a folder
+    of .txt and .jsonl, or hub:DATASET[@CONFIG]:SPLIT, streamed; a local folder in the Hub's format will do as DATASET.
+    .gz, .bz2 and .xz are unpacked.
 
     Documents that occur again, are empty, or are not UTF-8 are counted and left out; OUT/manifest.json tells what came
     of which input. Memory does not grow with the text.
     """
     from pipeline import hardware
+    from pipeline.hub import resolve
     from pipeline.prepare import prepare as work
     from pipeline.prepare import summary
-    from pipeline.stages.load import resolve
 
     if style not in ("plain", "wikitext"):
         raise UserError(f"--style {style}: give plain or wikitext")
@@ -450,7 +476,9 @@ def prepare(
 def pretrain(
     text: Annotated[
         Path | None,
-        typer.Option(help="Training text (.txt or .txt.xz); more files may follow. Or: --set shards=FOLDER"),
+        typer.Option(
+            help="Training text (.txt or .jsonl, also .gz, .bz2, .xz); more may follow. Or: --set shards=FOLDER"
+        ),
     ] = None,
     more: Annotated[list[Path] | None, typer.Argument(metavar="[FILE]...", help="More training text.")] = None,
     recipe: Annotated[str, typer.Option(help="A preset (mini, gpt2-124M, gpt2-350M) or a .yaml file.")] = "mini",
@@ -508,7 +536,9 @@ def pretrain(
 def scaling(
     text: Annotated[
         Path | None,
-        typer.Option(help="Training text (.txt or .txt.xz); more files may follow. By default the embedded text."),
+        typer.Option(
+            help="Training text (.txt or .jsonl, also .gz, .bz2, .xz); more may follow. By default the embedded text."
+        ),
     ] = None,
     more: Annotated[list[Path] | None, typer.Argument(metavar="[FILE]...", help="More training text.")] = None,
     recipe: Annotated[str, typer.Option(help="A preset (scaling-mini, scaling-gpu) or a .yaml file.")] = "scaling-mini",

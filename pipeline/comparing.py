@@ -25,14 +25,15 @@ def compare_folders(
     """
     chosen = {name: _for_each(name, given) for name, given in options.items()}
     content = load_text(text)
-    encoded = {model: encode(content, load_tokenizer(model)) for model in dict.fromkeys(models)}
-    ids = encoded[models[0]]
-    if not np.array_equal(ids, encoded[models[1]]):
-        raise UserError(f"{models[0]} and {models[1]}: their tokenizers cut the text otherwise; compare models of one")
     engines = [
         load_engine(engine or default_engine(model), model, device=device, precision=precision)
         for model, engine, device, precision in zip(models, *chosen.values(), strict=True)
     ]
+    ids, other = (
+        encode(content, load_tokenizer(model, engine.vocab_size)) for model, engine in zip(models, engines, strict=True)
+    )
+    if not np.array_equal(ids, other):
+        raise UserError(f"{models[0]} and {models[1]}: their tokenizers cut the text otherwise; compare models of one")
     questions = Questions.fitting(ids[:tokens], min(engine.context for engine in engines))
     answers = {name: listen(engine, questions) for name, engine in zip("AB", engines, strict=True)}
     return {

@@ -1,19 +1,18 @@
 """Where a corpus comes from: documents of text files and of streamed Hub datasets, from any point on."""
 
-import lzma
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, Protocol
 
 from eval.errors import UserError, reason
 from pipeline.artifacts import sha256_file
+from pipeline.reading import begin_text, check_file, expanded, holds_json, json_text, row_text, suffixes, unpacked
 from pipeline.texts import hub_rows
 from pipeline.wikitext import DOCUMENT_MARK
 
 LONGEST = 1 << 22
 """Bytes of a document at most: a longer one is cut after a line into documents, for memory's sake."""
 _MARK = DOCUMENT_MARK.encode()
-_SUFFIXES = (".txt", ".txt.xz")
 
 
 class Source(Protocol):
@@ -30,28 +29,38 @@ class Source(Protocol):
 
 
 class TextFile:
-    """A text file (`.xz` is unpacked) whose documents are parted by `<|endoftext|>`; its position is in bytes."""
+    """A text file as `reading` knows them, in documents: the lines of JSON lines, else what `<|endoftext|>` parts.
+
+    Its position is in unpacked bytes.
+    """
 
     def __init__(self, path: Path):
         self.path, self.name, self.position = path, str(path), 0
 
     def sha256(self) -> str:
         """Of the file, as it lies there. Raises `UserError` if it cannot be read."""
+        check_file(self.path)
         try:
             return sha256_file(self.path)
         except OSError as error:
             raise UserError(f"{self.path}: {error.strerror or error}; give a readable text file") from error
 
     def documents(self) -> Iterator[bytes]:
-        """The documents from `position` on. Raises `UserError` for a file that cannot be read or unpacked."""
-        try:
-            with lzma.open(self.path) if self.path.suffix == ".xz" else self.path.open("rb") as file:
-                file.seek(self.position)
-                yield from self._split(file)
-        except (lzma.LZMAError, EOFError) as error:
-            raise UserError(f"{self.path}: not a whole .xz file ({error}); copy it again") from error
-        except OSError as error:
-            raise UserError(f"{self.path}: {error.strerror or error}; give a readable text file") from error
+        """The documents from `position` on. Raises `UserError` for a file that cannot be read or understood."""
+        with unpacked(self.path) as file:
+            self.position = max(self.position, begin_text(file))
+            file.seek(self.position)
+            yield from self._lines(file) if holds_json(self.path) else self._split(file)
+
+    def _lines(self, file: IO[bytes]) -> Iterator[bytes]:
+        while line := file.readline():
+            try:
+                document = json_text(line).encode() if line.strip() else None
+            except ValueError as error:
+                raise UserError(f"{self.path}: the line at byte {self.position} {error}") from error
+            self.position += len(line)
+            if document is not None:
+                yield document
 
     def _split(self, file: IO[bytes]) -> Iterator[bytes]:
         text, start, ended = b"", 0, False
@@ -112,29 +121,28 @@ class HubRows:
                 ) from error
             if row is None:
                 return
-            if "text" not in row:
-                raise UserError(f"text {self.name}: has columns {sorted(row)}; one named 'text' is needed")
-            text = row["text"]
-            if not isinstance(text, str | None):
-                raise UserError(f"text {self.name}: a row holds {type(text).__name__}; every row must be text")
-            yield (text or "").encode()
+            try:
+                yield row_text(row).encode()
+            except ValueError as error:
+                raise UserError(f"text {self.name}: a row {error}") from error
 
 
 def sources(names: Sequence[str]) -> list[Source]:
-    """What `hub:DATASET[@CONFIG]:SPLIT`, files, and folders (their .txt and .txt.xz, at any depth) stand for.
+    """What `hub:DATASET[@CONFIG]:SPLIT`, files, and folders (their .txt and .jsonl, packed or not, at any depth) stand
+    for.
 
     Raises `UserError` for a dataset that cannot be had, a missing file, or a folder without text.
     """
     found: list[Source] = []
     for name in names:
-        path = Path(name)
+        path = expanded(name)
         if name.startswith("hub:"):
             found.append(HubRows(name))
         elif path.is_dir():
-            files = sorted(file for file in path.rglob("*") if file.name.endswith(_SUFFIXES) and file.is_file())
+            files = sorted(file for file in path.rglob("*") if file.name.endswith(suffixes()) and file.is_file())
             if not files:
                 raise UserError(
-                    f"{path}: holds no {' or '.join(_SUFFIXES)} file; give files by name, or hub:{path}:SPLIT"
+                    f"{path}: holds no .txt or .jsonl file, packed or not; give files by name, or hub:{path}:SPLIT"
                 )
             found += map(TextFile, files)
         else:

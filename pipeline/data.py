@@ -1,9 +1,8 @@
 """Text in, token blocks out: reading, checking, tokenising, packing."""
 
 import hashlib
-import lzma
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,7 @@ import torch
 from torch.utils.data import Dataset
 
 from eval.errors import UserError
-from pipeline.wikitext import join_rows
+from pipeline.refusals import refusals
 
 IGNORE = -100
 """The label of a position that does not count in a loss."""
@@ -43,7 +42,7 @@ def tokenize_dataset(dataset: Any, tokenizer: Any, block_size: int, *, pack: boo
     """Tokenise text for causal language modelling.
 
     `dataset` is a `datasets.Dataset` with a `text` column, one string, or strings. With `pack`, rows
-    are joined WikiText's way and cut into full blocks of `block_size` tokens: no padding, nothing
+    are joined by a blank line and cut into full blocks of `block_size` tokens: no padding, nothing
     scored twice, the last partial block dropped. Without it each row is one example, cut at
     `block_size` and padded on the right; GPT-2 has no padding token, so the end-of-text token stands
     in, masked out of attention and loss.
@@ -57,8 +56,9 @@ def tokenize_dataset(dataset: Any, tokenizer: Any, block_size: int, *, pack: boo
         if not count:
             raise UserError(f"the text has {len(ids)} tokens, shorter than one block of {block_size}: give more text")
         return TokenBlocks(ids[: count * block_size].reshape(count, block_size))
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    encoded = [encode(row, tokenizer)[:block_size] for row in rows if row.strip()]
+    # Any token would do: the mask hides it.
+    pad = next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
+    encoded = [ids[:block_size] for ids in _each((row for row in rows if row.strip()), tokenizer) if len(ids)]
     if not encoded:
         raise UserError("every row of the text is empty: give text")
     tokens = np.full((len(encoded), max(map(len, encoded))), pad, dtype=np.int64)
@@ -79,56 +79,49 @@ def _text_rows(dataset: Any) -> list[str]:
 
 
 def encode(text: str, tokenizer: Any) -> np.ndarray:
-    """Token ids of `text` as an int64 vector, without special tokens and without a length warning."""
-    return np.asarray(tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int64)
+    """Token ids of `text` as an int64 vector, as the tokenizer itself gives them for the text alone.
+
+    Special tokens that a post-processor would put around it are not added, and nothing is cut or padded; one that is
+    written out in the text is that token. Raises `UserError` where the tokenizer cannot.
+    """
+    return _ids([text], tokenizer)[0]
 
 
 def encode_many(texts: Iterable[str], tokenizer: Any, batch: int = 512) -> Iterator[np.ndarray]:
     """Token ids of many documents in order, each closed by the end-of-text token; encoded in parallel."""
-    end = [tokenizer.eos_token_id]
-    pending: list[str] = []
-
-    def flush() -> Iterator[np.ndarray]:
-        for encoding in tokenizer.backend_tokenizer.encode_batch_fast(pending, add_special_tokens=False):
-            yield np.asarray(encoding.ids + end)
-        pending.clear()
-
-    for text in texts:
-        pending.append(text)
-        if len(pending) == batch:
-            yield from flush()
-    yield from flush()
+    for ids in _each(texts, tokenizer, batch):
+        yield np.append(ids, tokenizer.eos_token_id)
 
 
-def read_text(path: str | Path) -> str:
-    """The text of a UTF-8 file (`.xz` is unpacked).
+def _each(texts: Iterable[str], tokenizer: Any, batch: int = 512) -> Iterator[np.ndarray]:
+    waiting = iter(texts)
+    while pending := list(itertools.islice(waiting, batch)):
+        yield from _ids(pending, tokenizer)
 
-    Raises `UserError` where the file is missing, unreadable, empty, or not UTF-8 text.
-    """
-    path = Path(path)
-    try:
-        raw = path.read_bytes()
-        if path.suffix == ".xz":
-            raw = lzma.decompress(raw)
-        text = raw.decode("utf-8")
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}; give a readable text file") from error
-    except lzma.LZMAError as error:
-        raise UserError(f"{path}: not a whole .xz file ({error}); copy it again") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text (byte {error.start}); give a plain text file") from error
-    if "\x00" in text:
-        raise UserError(f"{path}: holds NUL bytes, so it is no text file; give a plain text file")
-    if not text.strip():
-        raise UserError(f"{path}: empty; give a file with text")
-    return text
+
+def _ids(texts: list[str], tokenizer: Any) -> list[np.ndarray]:
+    with refusals("the tokenizer gives up on the text"):
+        found = tokenizer(
+            texts,
+            add_special_tokens=False,
+            truncation=False,
+            padding=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,  # that a text is longer than the model's context
+        )["input_ids"]
+    return [np.asarray(ids, dtype=np.int64) for ids in found]
+
+
+def scored_bytes(text: str, ids: np.ndarray, tokenizer: Any) -> int:
+    """UTF-8 bytes of what perplexity scores: all of the text but its first token, which nothing predicts."""
+    first = tokenizer.decode(ids[:1].tolist(), clean_up_tokenization_spaces=False)
+    begins = next((form for form in (first, first.lstrip()) if form and text.startswith(form)), None)
+    if begins is None:  # a part of a character: such tokens have one letter a byte
+        return len(text.encode()) - len(tokenizer.convert_ids_to_tokens(int(ids[0])))
+    return len(text.encode()) - len(begins.encode())
 
 
 def sha256_text(text: str) -> str:
     """The sha256 of a text's UTF-8 bytes, in hex."""
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def read_wikitext(path: str | Path) -> str:
-    """A raw WikiText file with its rows joined as the Hub's are."""
-    return join_rows(read_text(path).splitlines())

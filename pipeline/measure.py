@@ -36,6 +36,7 @@ from pipeline.engines import load_engine
 from pipeline.engines.cuda import why_not as why_no_kernels
 from pipeline.engines.openvino import OpenVINOEngine
 from pipeline.openvino_runtime import computes_bf16
+from pipeline.reading import expanded
 from pipeline.recipe import Measure, Recipe, Tasks
 from pipeline.texts import load_text
 from pipeline.tokenizer import load_tokenizer
@@ -140,7 +141,7 @@ def load_tasks(choices: Tasks) -> dict[str, Documents]:
     """
     if choices.names:
         import eval.tasks  # noqa: F401
-    return {name: load_documents(name, Path(choices.data) if choices.data else None) for name in choices.names}
+    return {name: load_documents(name, expanded(choices.data) if choices.data else None) for name in choices.names}
 
 
 class Measurer:
@@ -292,7 +293,7 @@ class Measurer:
         def make() -> dict[str, Any]:
             print(f"measure: tasks of {subject.key}", file=sys.stderr)
             tokenizer = load_tokenizer(self.run.stage("load") / "model")
-            lm = EngineLM(self._engine(subject), tokenizer, responses=responses)
+            lm = EngineLM(self._engine(subject), tokenizer, encode, responses=responses)
             return {name: asdict(score) for name, score in evaluate(lm, documents, limit=limit).items()}
 
         scores = self._kept("tasks", [subject], make, asked)

@@ -68,7 +68,8 @@ def export_openvino(
         model.generation_config.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-        _save_tokenizer_irs(openvino, tokenizer, folder)
+        if tokenizer.is_fast:  # openvino_tokenizers converts no other
+            _save_tokenizer_irs(openvino, tokenizer, folder)
     return folder
 
 

@@ -16,11 +16,12 @@ from eval.results import save_json
 from pipeline import hardware
 from pipeline.artifacts import RunFolder, disk_errors, named_hashes, refuse_other_choices, replace_folder
 from pipeline.checkpoint import save_model
-from pipeline.data import TokenBlocks, encode_many, read_text, tokenize_dataset
+from pipeline.data import TokenBlocks, encode_many, tokenize_dataset
 from pipeline.model import CompactGPT2LMHeadModel
 from pipeline.optim import MuonAdamW, adamw, pretraining_groups
 from pipeline.parallel import PretrainTrainer, check_processes, lost_others, shard
 from pipeline.prepare import MANIFEST, TOKENIZER, TOKENIZER_FILE, prepared_shards, read_manifest
+from pipeline.reading import expanded, read_rows
 from pipeline.recipe import Pretrain
 from pipeline.shards import ShardBlocks, ShuffledBlocks
 from pipeline.tokenizer import load_tokenizer
@@ -56,7 +57,7 @@ def pretrain(
 
 
 def _pretrain(recipe: Pretrain, files: Sequence[Path], out: Path, validation_text: str | None, report_to: str) -> Path:
-    shards = Path(recipe.shards) if recipe.shards else None
+    shards = expanded(recipe.shards) if recipe.shards else None
     args = _arguments(recipe, out, report_to)
     with args.main_process_first(local=False):
         tokenizer, blocks = _data(recipe, files, out)
@@ -197,7 +198,7 @@ def _data(recipe: Pretrain, files: Sequence[Path], out: Path) -> tuple[Any, Toke
         _same_choices(recipe, files, out)
         tokenizer = train_tokenizer(recipe, files, out)
         return tokenizer, _blocks(recipe, files, tokenizer, out)
-    shards = Path(recipe.shards)
+    shards = expanded(recipe.shards)
     tokenizer = _shard_tokenizer(recipe, shards)
     train = shard_blocks(recipe, shards, "train", len(tokenizer))
     _same_choices(recipe, deciding_files(shards), out)
@@ -262,11 +263,11 @@ def shard_blocks(recipe: Pretrain, shards: Path, split: str, vocab_size: int) ->
 
 def _documents(recipe: Pretrain, files: Iterable[Path]) -> Iterator[str]:
     for path in files:
-        text = read_text(path)
-        if recipe.style == "wikitext":
-            yield from styled_documents(text)
-        else:
-            yield from (document.strip() for document in text.split(DOCUMENT_MARK) if document.strip())
+        for text in read_rows(path):
+            if recipe.style == "wikitext":
+                yield from styled_documents(text)
+            else:
+                yield from (document.strip() for document in text.split(DOCUMENT_MARK) if document.strip())
 
 
 def _limited(documents: Iterator[str], limit: int | None) -> Iterator[str]:

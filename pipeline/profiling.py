@@ -72,7 +72,7 @@ def profile_all(
         folders.append(
             profile(
                 engine,
-                encode(text, load_tokenizer(subject.folder)),
+                encode(text, load_tokenizer(subject.folder, engine.vocab_size)),
                 out,
                 name=name,
                 prompt_tokens=prompt_tokens,

@@ -27,7 +27,9 @@ class Strict(BaseModel):
 
 
 class Data(Strict):
-    """Where the texts come from: `embedded:train|valid|test`, `hub:DATASET[@CONFIG]:SPLIT`, or a file."""
+    """Where the texts come from: `embedded:train|valid|test`, `hub:DATASET[@CONFIG]:SPLIT`, `wikitext:FILE` for one in
+    WikiText's raw form, or a file, whose text is taken as it is: UTF-8, or .jsonl with a `text` in each line; .gz,
+    .bz2 and .xz are unpacked."""
 
     train: str = "embedded:train"
     calibration: str = "embedded:valid"
@@ -79,6 +81,9 @@ class Finetune(Strict):
     epochs: Annotated[int, Field(ge=1, le=5)] = 1
     steps: Positive | None = None
     block_size: Annotated[int, Field(ge=2)] = 256
+    pack: bool = True
+    """`true`: the text is packed into blocks of `block_size` tokens without padding. `false`: each of its rows (of a
+    plain file each of its paragraphs) is an example of its own, cut at `block_size` and padded; padding is masked."""
     batch_size: Positive = 8
     accumulation: Positive = 1
     learning_rate: Annotated[float, Field(gt=0)] = 5e-5

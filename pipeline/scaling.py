@@ -19,6 +19,7 @@ from pipeline.artifacts import RunFolder, disk_errors, git_commit, named_hashes,
 from pipeline.data import sha256_text
 from pipeline.prepare import TOKENIZER, prepare, tokens_held_out
 from pipeline.pretrain import deciding_files, new_model, pretrain, shard_blocks, train_tokenizer
+from pipeline.reading import expanded
 from pipeline.recipe import Pretrain, PretrainModel, Scaling, Size, parse_recipe
 from pipeline.texts import load_text
 from pipeline.training import drop_checkpoints, world_size
@@ -214,7 +215,7 @@ def _prepared(template: Pretrain, files: Sequence[Path], folder: Path) -> Pretra
 
 def _tokens(template: Pretrain) -> int:
     """How many tokens there are to train on. Raises `UserError` where they, or those to judge by, fill no block."""
-    shards, vocab_size = Path(str(template.shards)), template.model.vocab_size
+    shards, vocab_size = expanded(str(template.shards)), template.model.vocab_size
     if template.validation is None:
         shard_blocks(template, shards, "val", vocab_size)
     return len(shard_blocks(template, shards, "train", vocab_size)) * template.model.n_positions

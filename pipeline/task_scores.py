@@ -8,7 +8,9 @@ from typing import Any
 from eval.task_data import load_documents
 from eval.tasks import EngineLM, evaluate
 from pipeline.artifacts import disk_errors, fingerprint, sha256_tree, versions
+from pipeline.data import encode
 from pipeline.engines import default_engine, load_engine
+from pipeline.reading import expanded
 from pipeline.tokenizer import load_tokenizer
 from plots.tasks import PUBLISHED
 
@@ -27,15 +29,17 @@ def score_folder(
     `options` are `engine`, `device` and `precision`, or `None` for the folder's own. Answers are kept below `cache`
     by the content of the folder and how it is run. Raises `UserError` for unknown tasks, or what they need.
     """
-    documents = {task: load_documents(task, data) for task in tasks}
-    tokenizer = load_tokenizer(model)
+    documents = {task: load_documents(task, expanded(data) if data else None) for task in tasks}
     engine = load_engine(
         options["engine"] or default_engine(model), model, device=options["device"], precision=options["precision"]
     )
+    tokenizer = load_tokenizer(model, engine.vocab_size)
     about = {"engine": engine.name, "device": engine.device, "compute": engine.compute}
     mark = fingerprint([sha256_tree(model), about, versions()])
     with disk_errors(cache):
-        scores = evaluate(EngineLM(engine, tokenizer, responses=cache / f"{mark}.jsonl"), documents, limit=limit)
+        scores = evaluate(
+            EngineLM(engine, tokenizer, encode, responses=cache / f"{mark}.jsonl"), documents, limit=limit
+        )
     return {**about, "tasks": {task: asdict(score) for task, score in scores.items()}}
 
 

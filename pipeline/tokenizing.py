@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 
 from eval.errors import WorkError
 from pipeline.children import end_with_parent
+from pipeline.refusals import refusals
 from pipeline.wikitext import DOCUMENT_MARK, styled_documents
 
 EMPTY, BAD_ENCODING = "empty", "bad_encodings"
@@ -79,7 +80,8 @@ def encode_documents(documents: list[bytes]) -> Encoded:
     ]
     if style == "wikitext":
         texts = [text and DOCUMENT_MARK.join(styled_documents(text)) for text in texts]
-    encodings = iter(tokenizer.encode_batch_fast([text for text in texts if text], add_special_tokens=False))
+    with refusals("the tokenizer gives up on a document"):
+        encodings = iter(tokenizer.encode_batch_fast([text for text in texts if text], add_special_tokens=False))
     tokens: list[np.ndarray | str] = [
         np.array([*next(encodings).ids, end], np.uint16) if text else BAD_ENCODING if text is None else EMPTY
         for text in texts

@@ -3,7 +3,6 @@
 import contextlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 
 from eval.task_data import load_documents
+from pipeline.data import encode
 from pipeline.model import CompactGPT2Config, CompactGPT2LMHeadModel
+from pipeline.reading import expanded
 from pipeline.recipe import HellaSwag
 from pipeline.training import ResumingTrainer, is_main_process
 
@@ -94,7 +95,7 @@ class Quiz(TrainerCallback):
     def __init__(self, trainer: ResumingTrainer, meter: Meter, tokenizer: Any, choices: HellaSwag):
         self.trainer, self.meter, self.tokenizer, self.choices = trainer, meter, tokenizer, choices
         if is_main_process():
-            self.documents = load_documents("hellaswag", Path(choices.data) if choices.data else None)
+            self.documents = load_documents("hellaswag", expanded(choices.data) if choices.data else None)
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step % self.choices.every:
@@ -109,7 +110,7 @@ class Quiz(TrainerCallback):
         from eval.tasks import EngineLM, evaluate
         from pipeline.engines.torch import TorchEngine
 
-        lm = EngineLM(TorchEngine(model, device=str(model.device)), self.tokenizer)
+        lm = EngineLM(TorchEngine(model, device=str(model.device)), self.tokenizer, encode)
         return evaluate(lm, {"hellaswag": self.documents}, limit=self.choices.limit)["hellaswag"].accuracy
 
 

@@ -29,9 +29,14 @@ def join_rows(lines: Iterable[str]) -> str:
     """One text from WikiText lines, joined as the usual evaluation joins the Hub's rows.
 
     A Hub row is `""` for a blank line and else the line with its newline; rows are joined with two
-    newlines. WikiText-2 raw test so joined has 287,644 GPT-2 tokens.
+    newlines. WikiText-2 raw test so joined has 287,644 GPT-2 tokens. No other text is joined so.
     """
-    return "\n\n".join("" if not line.strip() else line.rstrip("\n") + "\n" for line in lines)
+    return "\n\n".join(rows(lines))
+
+
+def rows(lines: Iterable[str]) -> list[str]:
+    """The Hub's rows of WikiText lines, with or without their newlines."""
+    return ["" if not line.strip() else line.rstrip("\n") + "\n" for line in lines]
 
 
 def styled(line: str) -> str:

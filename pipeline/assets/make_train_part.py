@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from pipeline.data import read_text
+from pipeline.reading import read_text
 
 SIZE = 4_000_000
 UNKNOWN = "<unk>"

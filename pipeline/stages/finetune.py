@@ -1,5 +1,6 @@
 """Fine-tune: recover what pruning cost, with the Hugging Face `Trainer` on FP32 master weights."""
 
+import re
 import shutil
 from typing import Any
 
@@ -10,7 +11,7 @@ from pipeline.model import CompactGPT2Config
 from pipeline.recipe import Recipe
 from pipeline.stages.half import to_half
 from pipeline.stages.job import Job
-from pipeline.texts import load_text
+from pipeline.texts import load_rows
 from pipeline.tokenizer import load_tokenizer
 from pipeline.training import drop_checkpoints, is_main_process, total_steps, train
 from pipeline.watching import training_flops
@@ -20,10 +21,9 @@ VERSION = 1
 
 def config(recipe: Recipe) -> dict[str, Any]:
     """The training choices (not how often it saves) and the seed."""
-    choices = recipe.finetune.model_dump(exclude={"save_steps"})
-    if choices["autocast"]:
-        del choices["autocast"]  # it came after others had made runs, which stay up to date
-    return {**choices, "seed": recipe.seed}
+    # Left out where they change nothing: they came after others had made runs, which stay up to date.
+    unused = {key for key in ("autocast", "pack") if getattr(recipe.finetune, key)}
+    return {**recipe.finetune.model_dump(exclude={"save_steps"} | unused), "seed": recipe.seed}
 
 
 def plain_config(recipe: Recipe) -> dict[str, Any]:
@@ -51,13 +51,19 @@ def equal_steps(steps: int, student: CompactGPT2Config, teacher: CompactGPT2Conf
     return round(steps * (ours + theirs) / ours)
 
 
+def _examples(source: str, pack: bool) -> list[str]:
+    """The rows of a text; where they are not to be packed, of a plain file its paragraphs."""
+    rows = load_rows(source)
+    return rows if pack or len(rows) > 1 else re.split(r"\n\s*\n", rows[0])
+
+
 def _build(job: Job, *, plain: bool) -> dict[str, Any]:
     assert job.source is not None
     choices = job.recipe.finetune
     model = load_model(job.source / "model")
     tokenizer = load_tokenizer(job.source / "model")
     length = min(choices.block_size, model.config.n_positions)
-    blocks = tokenize_dataset(load_text(job.recipe.data.train), tokenizer, length)
+    blocks = tokenize_dataset(_examples(job.recipe.data.train, choices.pack), tokenizer, length, pack=choices.pack)
     teacher = load_model(job.teacher / "model") if choices.distill and job.teacher else None
     if plain and teacher is not None:
         steps = equal_steps(total_steps(choices, len(blocks)), model.config, teacher.config, length)

@@ -7,7 +7,7 @@ from pipeline.checkpoint import load_model
 from pipeline.data import TokenBlocks, tokenize_dataset
 from pipeline.recipe import Quantize, Recipe
 from pipeline.stages.job import Job
-from pipeline.texts import load_text
+from pipeline.texts import has_rows, load_text
 from pipeline.tokenizer import load_tokenizer
 
 VERSION = 3
@@ -43,7 +43,7 @@ def build(job: Job) -> dict[str, Any]:
     blocks = None
     if _calibrated(choices):
         length = min(choices.block_size, model.config.n_positions)
-        blocks = tokenize_dataset(_filtered(load_text(job.recipe.data.calibration)), tokenizer, length)
+        blocks = tokenize_dataset(_calibration(job.recipe.data.calibration), tokenizer, length)
         blocks = TokenBlocks(blocks.tokens[: choices.calibration_samples])
     fp32 = export_openvino(model, job.out / "ir_fp32", tokenizer=tokenizer) / IR_NAME
     export_openvino(model, job.out / "ir_fp16", tokenizer=tokenizer, compress_to_fp16=True, traced=fp32)
@@ -71,6 +71,12 @@ def build(job: Job) -> dict[str, Any]:
     }
 
 
+def _calibration(source: str) -> str | list[str]:
+    """A text as it is; of one in WikiText's rows what is worth calibrating on."""
+    text = load_text(source)
+    return _filtered(text) if has_rows(source) else text
+
+
 def _filtered(text: str, shortest: int = 80) -> list[str]:
     """The paragraphs worth calibrating on: no empty lines, no headings, none under `shortest` characters."""
-    return [line for line in text.splitlines() if len(line.strip()) >= shortest]
+    return [line for line in text.split("\n") if len(line.strip()) >= shortest]

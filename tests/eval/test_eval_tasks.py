@@ -13,6 +13,7 @@ from lm_eval.api.instance import Instance
 from eval.errors import UserError, WorkError
 from eval.task_data import Documents, load_documents
 from eval.tasks import EngineLM, evaluate
+from pipeline.data import encode
 
 WORDS = "the cat dog hat mat sat saw ran on and other old red big bird sang"
 
@@ -38,7 +39,7 @@ def endings(count: int = 5, seed: int = 0) -> Documents:
 @pytest.fixture
 def lm(make_engine, tiny_model, tiny_tokenizer):
     def make(**options) -> EngineLM:
-        return EngineLM(make_engine(tiny_model), tiny_tokenizer, **options)
+        return EngineLM(make_engine(tiny_model), tiny_tokenizer, encode, **options)
 
     return make
 
@@ -195,8 +196,9 @@ def test_documents_from_files(tmp_path: Path) -> None:
     (place / "hellaswag_val_full.txt.bz2").write_bytes(bz2.compress(SIX.encode()))
     packed = load_documents("hellaswag", tmp_path)
     assert packed.rows == ROWS
-    (place / "hellaswag_val.txt").write_text(SIX)
-    assert load_documents("hellaswag", tmp_path) == packed
+    for form in (SIX, "\ufeff" + SIX, SIX.replace("\n", "\r\n")):
+        (place / "hellaswag_val.txt").write_bytes(form.encode())
+        assert load_documents("hellaswag", tmp_path) == packed
     lines = [{"ctx": row["query"], "endings": row["choices"], "label": row["gold"]} for row in ROWS]
     (place / "hellaswag_val.jsonl").write_text("\n".join(map(json.dumps, lines)))
     assert load_documents("hellaswag", tmp_path) == packed
@@ -219,6 +221,10 @@ def test_documents_from_files(tmp_path: Path) -> None:
         ("hellaswag_val.jsonl", b'{"ctx": "a"}\n', "damaged at document 1 ('endings')"),
         ("hellaswag_val.jsonl", b"\xff\n", "damaged at document 1"),
         ("hellaswag_val.jsonl", b"3\n", "damaged at document 1"),
+        ("hellaswag_val.jsonl", b'{"ctx": 3, "endings": ["a", "b", "c", "d"], "label": 0}\n', "4 endings and a label"),
+        ("hellaswag_val.jsonl", b'{"ctx": "a", "endings": [1, 2, 3, 4], "label": 0}\n', "4 endings and a label"),
+        ("lambada_test.jsonl", b"[" * 99_999, "damaged at document 1"),
+        ("lambada_test.jsonl", b'{"text": "half \\ud83d"}\n', "damaged at document 1"),
         ("lambada_test.jsonl", b'{"text": "word"}\n', "a passage of two words"),
         ("lambada_test.jsonl", b'{"text": "two words"}\n', "1 documents; a score needs at least 2"),
         ("other.txt", b"", "no hellaswag_val*.jsonl or hellaswag_val*.txt"),

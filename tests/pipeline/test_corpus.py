@@ -80,12 +80,14 @@ def test_folders_and_files(tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"")
     names = [source.name.removeprefix(f"{tmp_path}/") for source in sources([str(tmp_path), str(tmp_path / "e.md")])]
-    assert names == ["a/c.txt", "a/z.txt.xz", "b.txt", "e.md"]
+    assert names == ["a/c.txt", "a/d.txt.gz", "a/z.txt.xz", "b.txt", "e.md"]
 
 
 def test_what_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "none").mkdir()
-    with pytest.raises(UserError, match=r"none: holds no \.txt or \.txt\.xz file; give files by name, or hub:"):
+    with pytest.raises(
+        UserError, match=r"none: holds no \.txt or \.jsonl file, packed or not; give files by name, or hub:"
+    ):
         sources([str(tmp_path / "none")])
     (tmp_path / "cut.xz").write_bytes(lzma.compress(b"text " * 999)[:-20])
     (tmp_path / "fake.xz").write_bytes(b"no archive")

@@ -9,7 +9,8 @@ from datasets import Dataset
 from transformers import Trainer, TrainingArguments
 
 from eval.errors import UserError
-from pipeline.data import IGNORE, encode, encode_many, read_text, read_wikitext, sha256_text, tokenize_dataset
+from pipeline.data import IGNORE, encode, encode_many, sha256_text, tokenize_dataset
+from pipeline.reading import read_text
 
 ROWS = ["the cat sat.\n", "", "Ünïcode – 猫 🐈\n", " = Title = \n", "on the mat, the other cat", "   "]
 
@@ -123,12 +124,6 @@ def test_text_files_plain_and_packed(tmp_path):
     packed.write_bytes(lzma.compress(text.encode()))
     assert read_text(plain) == read_text(str(packed)) == text
     assert sha256_text("abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
-
-
-def test_wikitext_files_become_hub_rows(tmp_path):
-    path = tmp_path / "wiki.raw"
-    path.write_text(" \n = Title = \n \n Text . \n")
-    assert read_wikitext(path) == "\n\n".join(["", " = Title = \n", "", " Text . \n"])
 
 
 BAD_FILES = {

@@ -1,18 +1,20 @@
 """Generation against Hugging Face's own, and sampling against its definition."""
 
 import copy
+import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import DynamicCache, PreTrainedTokenizerFast
+from transformers import DynamicCache, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from eval.errors import UserError
+from eval.errors import UserError, WorkError
 from pipeline.data import encode
 from pipeline.engines.torch import TorchEngine
-from pipeline.generation import generate
+from pipeline.generation import end_tokens, generate
 from pipeline.model import CompactGPT2LMHeadModel
 
 PROMPT = "the cat säid"
@@ -131,12 +133,97 @@ def test_the_distribution_that_is_drawn_from(settings: dict[str, float], wanted:
         ({"top_k": 0}, "top_k >= 1"),
         ({"top_p": 0.0}, "top_p <= 1"),
         ({"top_p": 1.1}, "top_p <= 1"),
+        ({"top_p": float("nan")}, "top_p <= 1"),
+        ({"temperature": float("nan")}, "a finite temperature"),
+        ({"temperature": float("inf")}, "a finite temperature"),
+        ({"temperature": float("-inf")}, "a finite temperature"),
+        ({"seed": 1 << 64}, "more than 64 bits"),
+        ({"seed": -(10**30)}, "more than 64 bits"),
+        ({"max_new_tokens": 10**30}, "exceed the context of 67"),
         ({"max_new_tokens": 67}, "exceed the context of 67"),
     ],
 )
 def test_settings_out_of_range(engine: TorchEngine, tiny_tokenizer, settings: dict, said: str) -> None:
     with pytest.raises(UserError, match=said):
         next(generate(engine, tiny_tokenizer, PROMPT, **settings))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"temperature": 1e-300},
+        {"temperature": 5e-324},
+        {"temperature": 1e308},
+        {"temperature": 1.0, "top_k": 10**30},
+        {"temperature": 1.0, "top_p": 5e-324},
+        {"temperature": 1.0, "seed": (1 << 64) - 1},
+        {"temperature": 1.0, "seed": -(1 << 63)},
+    ],
+)
+def test_extreme_settings_sample_all_the_same(engine: TorchEngine, tiny_tokenizer, settings: dict) -> None:
+    first, again = ("".join(generate(engine, tiny_tokenizer, PROMPT, max_new_tokens=9, **settings)) for _ in range(2))
+    assert first == again
+    greedy = "".join(generate(engine, tiny_tokenizer, PROMPT, max_new_tokens=9))
+    if settings["temperature"] < 1 or settings.get("top_p"):
+        assert first == greedy
+    else:
+        assert first != greedy
+
+
+def test_logits_that_are_no_numbers_are_failed_work(engine: TorchEngine, tiny_tokenizer) -> None:
+    with torch.no_grad():
+        engine.model.transformer.ln_f.bias[3] = float("nan")
+    for temperature in (0.0, 1.0):
+        with pytest.raises(WorkError, match="torch gives NaN or infinity for token") as caught:
+            list(generate(engine, tiny_tokenizer, PROMPT, max_new_tokens=3, temperature=temperature))
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("generation", "config", "wanted"),
+    [
+        ([3, 5], 7, {3, 5}),
+        (4, [7], {4}),
+        (0, 7, {0}),
+        (None, [7, 9], {7, 9}),
+        ("absent", 7, {7}),
+        (None, None, {0}),
+        ([], 7, set()),
+    ],
+)
+def test_the_tokens_that_end_a_text(generation, config, wanted: set[int], tmp_path: Path, tiny_tokenizer) -> None:
+    if generation != "absent":
+        (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": generation}))
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": config}))
+    assert end_tokens(tmp_path, tiny_tokenizer) == wanted
+
+
+@pytest.mark.parametrize("said", ["0", 1.5, True, [None], [[3]], {"a": 1}, ["<|endoftext|>"]])
+def test_ends_that_are_no_tokens_are_named(said, tmp_path: Path, tiny_tokenizer) -> None:
+    path = tmp_path / "generation_config.json"
+    for content, what in ((json.dumps({"eos_token_id": said}), "eos_token_id is"), ("{", "no readable JSON")):
+        path.write_text(content)
+        with pytest.raises(UserError, match=what) as caught:
+            end_tokens(tmp_path, tiny_tokenizer)
+        assert str(caught.value).startswith(str(path)) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["generation_config.json", "config.json"])
+def test_generation_ends_where_hugging_faces_does(name: str, cli, tiny_folder: Path, tiny_tokenizer, tmp_path) -> None:
+    folder = Path(shutil.copytree(tiny_folder, tmp_path / "model"))
+    stock = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32)
+    ids = torch.from_numpy(encode(PROMPT, tiny_tokenizer))[None]
+    free = stock.generate(ids, max_new_tokens=20, do_sample=False, eos_token_id=-1, pad_token_id=0)[0, ids.shape[1] :]
+    ends = [268, int(free[6])]  # no token of the text but that one
+    (folder / "generation_config.json").unlink()
+    path = folder / name
+    path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | {"eos_token_id": ends}))
+    stock = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32)
+    out = stock.generate(ids, max_new_tokens=20, do_sample=False, pad_token_id=0)[0, ids.shape[1] :].tolist()
+    assert len(out) < 20 and out[-1] == ends[1]
+    wanted = tiny_tokenizer.decode(out[:-1], clean_up_tokenization_spaces=False)
+    code, stdout, err = cli("generate", folder, "--prompt", PROMPT, "--max-new-tokens", 20, "--device", "cpu")
+    assert (code, stdout) == (0, wanted + "\n"), err
 
 
 def test_prompts_that_do_not_fit(engine: TorchEngine, tiny_tokenizer) -> None:

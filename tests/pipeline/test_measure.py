@@ -167,7 +167,7 @@ def test_tasks_are_asked_once(
     rows = runner(run_copy, tiny_recipe, *changes, "measure.agreement_tokens=0").execute(until="half").rows
     assert seen.count("half/torch/cpu/fp16") == 1  # for the tasks alone: its quality was measured before
     documents = {name: load_documents(name, task_data) for name in ("lambada", "hellaswag")}
-    lm = EngineLM(load_engine("torch", tiny_folder, device="cpu"), tiny_tokenizer)
+    lm = EngineLM(load_engine("torch", tiny_folder, device="cpu"), tiny_tokenizer, encode)
     assert rows[0].tasks == evaluate(lm, documents, limit=4)
     assert not rows[1].tasks or torch.cuda.is_available()
     assert not list((run_copy / "measurements").glob(".responses*"))

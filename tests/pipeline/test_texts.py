@@ -34,7 +34,7 @@ def test_the_embedded_texts_keep_apart() -> None:
 
 def test_a_file(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("eins\nzwei ü\n", encoding="utf-8")
-    assert load_text(str(tmp_path / "text.txt")).split() == ["eins", "zwei", "ü"]
+    assert load_text(str(tmp_path / "text.txt")) == "eins\nzwei ü\n"
 
 
 @pytest.mark.parametrize("source", ["embedded:dev", "embedded:", "embedded:test:test"])
@@ -97,6 +97,38 @@ def test_a_shared_paragraph_is_refused_a_shared_heading_is_not() -> None:
     with pytest.raises(UserError, match="the calibration text shares a paragraph") as caught:
         refuse_overlap("calibration", f"first\n\n{long}\n", evaluation)
     assert "\n" not in str(caught.value)
+
+
+def test_texts_of_short_lines_are_known_as_a_whole() -> None:
+    """Prose wrapped at 72 columns, source code: no line says much, but the same text is the same text."""
+    lines = [f"line {number} of some code\n" for number in range(20)]
+    evaluation = "".join(lines)
+    refuse_overlap("train", "".join(reversed(lines)), evaluation)
+    for same in (evaluation, evaluation.replace("\n", "\r\n"), "more\n" + evaluation, "".join(lines[3:15])):
+        with pytest.raises(UserError, match="the train text shares a paragraph") as caught:
+            refuse_overlap("train", same, evaluation)
+        assert "\n" not in str(caught.value)
+    refuse_overlap("train", lines[0], evaluation)  # too little to tell
+
+
+def test_rows_with_null_are_empty_and_others_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    for name, value in (("null", "null"), ("number", "3")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "test.jsonl").write_text(
+            f'{{"text": {value if name == "number" else chr(34) + "a" + chr(34)}}}\n{{"text": {value}}}\n'
+        )
+    assert load_text(f"hub:{tmp_path / 'null'}:test") == "a\n\n"
+    with pytest.raises(UserError, match="a row holds int for a text"):
+        load_text(f"hub:{tmp_path / 'number'}:test")
+
+
+def test_a_hub_that_cannot_be_reached_is_called_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("datasets")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="the Hub cannot be reached") as caught:
+        load_text("hub:no-one/nothing:test")
+    assert "\n" not in str(caught.value) and "client" not in str(caught.value)
 
 
 def test_the_digest_in_a_report_can_be_checked_by_hand() -> None:

@@ -1,6 +1,7 @@
 """Fine-tuning: exact resumption, distillation, and a stop where numbers end."""
 
 import copy
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,8 +16,9 @@ from transformers import Trainer, TrainerCallback
 from eval.errors import WorkError
 from pipeline.data import TokenBlocks
 from pipeline.model import CompactGPT2LMHeadModel, from_gpt2
-from pipeline.recipe import Distill, Finetune
-from pipeline.training import drop_checkpoints, last_checkpoint, train
+from pipeline.recipe import Distill, Finetune, Recipe, parse_recipe
+from pipeline.stages import Job, finetune, load
+from pipeline.training import ResumingTrainer, drop_checkpoints, last_checkpoint, train
 
 CHOICES = {"steps": 6, "batch_size": 2, "learning_rate": 1e-3, "save_steps": 2}
 
@@ -227,3 +229,42 @@ def test_a_loss_that_is_no_number_at_once(student, blocks, tmp_path: Path) -> No
         student.transformer.h[1].mlp.c_fc.bias[3] = float("nan")
     with pytest.raises(WorkError, match="loss is nan at step 1"):
         fit(student, blocks, tmp_path / "a")
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "txt", "wikitext"])
+def test_rows_reach_the_trainer_padded_and_masked(
+    kind: str, tiny_choices: dict[str, Any], tiny_tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`finetune.pack=false`: each example, its mask and labels are what one makes by hand with the tokenizer's call."""
+    rows = ["the cat sat on the mat. " * count + "äh" for count in (1, 9, 3, 2, 1)]
+    text = tmp_path / f"text.{kind}"
+    if kind == "jsonl":
+        text.write_text("\n".join(json.dumps({"text": row}) for row in [*rows, "", "  "]))
+    else:
+        text.write_text(("\n" if kind == "wikitext" else "\n \n\n").join(rows) + "\n")
+    source = f"wikitext:{text}" if kind == "wikitext" else str(text)
+    choices = {"steps": None, "epochs": 1, "batch_size": 2, "block_size": 32, "pack": False, "distill": {}}
+    recipe = parse_recipe(
+        Recipe, tiny_choices | {"data": tiny_choices["data"] | {"train": source}, "finetune": choices}
+    )
+    seen: list[tuple[list[int], list[int], list[int]]] = []
+    loss = ResumingTrainer.compute_loss
+
+    def recorded(self, model, inputs, *rest, **named):
+        seen.extend(zip(*(inputs[key].tolist() for key in ("input_ids", "attention_mask", "labels")), strict=True))
+        return loss(self, model, inputs, *rest, **named)
+
+    monkeypatch.setattr(ResumingTrainer, "compute_loss", recorded)
+    load.build(Job(recipe, tmp_path / "load", None, "cpu"))
+    finetune.build(Job(recipe, tmp_path / "finetune", tmp_path / "load", "cpu", teacher=tmp_path / "load"))
+
+    wanted = []
+    for number, row in enumerate(rows):
+        if kind == "wikitext" or (kind == "txt" and number == len(rows) - 1):
+            row += "\n"
+        ids = tiny_tokenizer(row, add_special_tokens=False)["input_ids"][:32]
+        pad = 32 - len(ids)
+        wanted.append((ids + [0] * pad, [1] * len(ids) + [0] * pad, [-100, *ids[1:]] + [-100] * pad))
+    assert sorted(seen) == sorted(wanted)
+    plain = parse_recipe(Recipe, tiny_choices)
+    assert "pack" not in finetune.config(plain) and finetune.config(recipe)["pack"] is False
