@@ -17,21 +17,16 @@ from eval.scaling_law import FLOPS, enough, examine
 from pipeline import hardware, launchers
 from pipeline.artifacts import RunFolder, disk_errors, git_commit, named_hashes, refuse_other_choices, versions
 from pipeline.data import sha256_text
-from pipeline.prepare import TOKENIZER, prepare, tokens_held_out
+from pipeline.prepare import TOKENIZER, prepare
 from pipeline.pretrain import deciding_files, new_model, pretrain, shard_blocks, train_tokenizer
 from pipeline.recipe import Pretrain, PretrainModel, Scaling, Size, parse_recipe
 from pipeline.texts import load_text
 from pipeline.training import drop_checkpoints, world_size
-from pipeline.wikitext import DOCUMENT_MARK
 from plots import scaling as drawing
 from plots import style
 
 RESULT, RECORD = "result.json", "scaling.json"
 _SHARD_TOKENS = 100_000_000
-_HELD_OUT = 100
-"""One document of so many is."""
-_MOST_HELD_OUT = 0.1
-"""The share of the tokens that this may come to: few long documents would leave little to train on."""
 
 
 @dataclass(frozen=True)
@@ -194,21 +189,15 @@ def _prepared(template: Pretrain, files: Sequence[Path], folder: Path) -> Pretra
         texts = [folder / "embedded.txt"]
         save_text(load_text("embedded:train"), texts[0])
     train_tokenizer(template, texts, folder)
-    manifest = prepare(
+    prepare(
         [str(path.absolute()) for path in texts],
         folder / "shards",
         folder / TOKENIZER,
         workers=hardware.cpu()["cores"],
         shard_tokens=_SHARD_TOKENS,
-        validation_every=0 if validation else _HELD_OUT,
+        validation_share=0 if validation else None,
         style=template.style,
     )
-    held_out = tokens_held_out(manifest)
-    if held_out > _MOST_HELD_OUT * manifest["tokens"]:
-        raise UserError(
-            f"the text has {manifest['kept']} documents, and the ones held out are {held_out / manifest['tokens']:.0%} "
-            f"of it; part them by {DOCUMENT_MARK}, or --set pretrain.validation=FILE, with another --out"
-        )
     return template.model_copy(update={"shards": str((folder / "shards").absolute()), "validation": validation})
 
 

@@ -122,7 +122,7 @@ def test_a_cut_off_training_goes_on_to_the_same_weights(
 def shards(files: list[Path], tiny_folder: Path, tmp_path: Path) -> Path:
     """The same text prepared, by a tokenizer of 269 tokens: about 40 blocks of 101 to train on."""
     out = tmp_path / "shards"
-    prepare([str(path) for path in files], out, tiny_folder, workers=1, shard_tokens=2000, validation_every=4)
+    prepare([str(path) for path in files], out, tiny_folder, workers=1, shard_tokens=2000, validation_share=0.25)
     return out
 
 

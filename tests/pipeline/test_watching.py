@@ -31,7 +31,7 @@ def shards(tiny_texts: dict[str, Path], tiny_folder: Path, tmp_path: Path) -> Pa
     out = tmp_path / "shards"
     text = tmp_path / "text.txt"
     text.write_text(tiny_texts["train"].read_text().replace("\n\n", f"\n{DOCUMENT_MARK}\n"))
-    prepare([str(text)], out, tiny_folder, workers=1, shard_tokens=2000, validation_every=4)
+    prepare([str(text)], out, tiny_folder, workers=1, shard_tokens=2000, validation_share=0.25)
     return out
 
 
