@@ -12,7 +12,7 @@ import queue
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeVar
@@ -40,7 +40,9 @@ class How(NamedTuple):
     style: Style
 
 
-def encoded(batches: Iterable[tuple[M, list[bytes]]], how: How, workers: int) -> Iterator[tuple[M, Encoded]]:
+def encoded(
+    batches: Iterable[tuple[M, list[bytes]]], how: How, workers: int
+) -> Generator[tuple[M, Encoded], None, None]:
     """Each batch's mark with its documents encoded, in order; `close` it to end the workers early.
 
     Raises `WorkError` if a worker process dies, or cannot be started.
