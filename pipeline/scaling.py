@@ -1,9 +1,10 @@
 """A family of trainings from scratch, and the scaling law that they follow."""
 
+import contextlib
 import json
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -75,8 +76,9 @@ def scaling(recipe: Scaling, files: Sequence[Path], out: Path, *, workers: int =
     with RunFolder(out).locked(), disk_errors(out):
         family_file, kept = out / "family.json", _kept(recipe, files)
         refuse_other_choices(kept, family_file, "family")
-        template = recipe.pretrain if recipe.pretrain.shards else _prepared(recipe.pretrain, files, out / "data")
-        at_hand = _tokens(template)
+        with _our_keys():
+            template = recipe.pretrain if recipe.pretrain.shards else _prepared(recipe.pretrain, files, out / "data")
+            at_hand = _tokens(template)
         family, left_out = expand(recipe.model_copy(update={"pretrain": template}), at_hand)
         save_json(kept, family_file)
         for why in left_out:
@@ -111,6 +113,15 @@ def scaling(recipe: Scaling, files: Sequence[Path], out: Path, *, workers: int =
     if failed:
         raise WorkError(f"{_failures(failed)}; {out}/scaling.* are of the others")
     return record
+
+
+@contextlib.contextmanager
+def _our_keys() -> Iterator[None]:
+    """Let what `pretrain` advises to set name our keys, below `pretrain`."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(str(error).replace("--set ", "--set pretrain.")) from error
 
 
 def expand(recipe: Scaling, at_hand: int) -> tuple[list[Member], list[str]]:
@@ -260,7 +271,8 @@ def train(task: Training) -> str | None:
 def _one(task: Training) -> None:
     member = task.member
     recipe = member.recipe
-    pretrain(recipe, [], task.folder, load_text(recipe.validation) if recipe.validation else None)
+    with _our_keys():
+        pretrain(recipe, [], task.folder, load_text(recipe.validation) if recipe.validation else None)
     curve = json.loads((task.folder / "curve.json").read_text(encoding="utf-8"))
     result = {
         **member.size.model_dump(),

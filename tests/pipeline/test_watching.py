@@ -79,12 +79,20 @@ def test_peaks_by_name(name: str, teraflops: float | None) -> None:
 
 def test_logs_of_one_step_are_one_point() -> None:
     history = [
-        {"step": 2, "hellaswag": 0.25},
+        {"step": 2, "hellaswag": 0.25, "hellaswag_documents": 8},
         {"step": 2, "epoch": 0.1, "loss": 3.0, "learning_rate": 0.1, "grad_norm": 2.0, "tokens_per_second": 9.0},
         {"step": 2, "epoch": 0.1, "eval_loss": 3.5, "eval_runtime": 1.0},
         {"step": 4, "train_runtime": 1.0},
     ]
-    wanted = {"step": 2, "hellaswag": 0.25, "epoch": 0.1, "loss": 3.0, "rate": 0.1, "grad_norm": 2.0}
+    wanted = {
+        "step": 2,
+        "hellaswag": 0.25,
+        "hellaswag_documents": 8,
+        "epoch": 0.1,
+        "loss": 3.0,
+        "rate": 0.1,
+        "grad_norm": 2.0,
+    }
     assert learning_curve(history) == [wanted | {"tokens_per_second": 9.0, "validation_loss": 3.5}]
 
 
