@@ -6,6 +6,7 @@ written is forced onto the disk, and then one transaction of `state.db` says how
 
 import contextlib
 import json
+import os
 import shutil
 import sys
 import time
@@ -69,7 +70,7 @@ def prepare(
     if workers > most:
         raise UserError(f"--workers {workers}: more than this machine can use; give at most {most}")
     partial = out / f".{TOKENIZER}.partial"
-    new = [path for path in (out / ".lock", out, *out.parents) if not path.exists()]
+    new = [path for path in (out / ".lock", out, *out.parents) if not os.path.lexists(path)]
     with RunFolder(out).locked(), _as_before(out, new), disk_errors(out), contextlib.ExitStack() as stack:
         stack.callback(shutil.rmtree, partial, ignore_errors=True)
         corpus = sources(inputs)

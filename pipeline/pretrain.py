@@ -294,7 +294,7 @@ def _documents(recipe: Pretrain, files: Sequence[Path]) -> Iterator[str]:
     if first is None:
         names = ", ".join(map(str, files[:3]))
         raise UserError(
-            f"{names}: style wikitext keeps no document, since it takes a document's first line for its title, and none "
+            f"{names}: style wikitext keeps no document, since the first line of each is taken for its title and none "
             "has a second; --set style=plain takes the text as it is"
             if recipe.style == "wikitext"
             else f"{names}: holds no document; give text"

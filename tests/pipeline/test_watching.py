@@ -1,6 +1,7 @@
 """What is written down of a pretraining, and what it does when it diverges."""
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -96,9 +97,11 @@ def test_logs_of_one_step_are_one_point() -> None:
     assert learning_curve(history) == [wanted | {"tokens_per_second": 9.0, "validation_loss": 3.5}]
 
 
-def test_all_is_watched_and_nothing_changed_by_it(shards: Path, task_data: Path, tmp_path: Path) -> None:
+def test_all_is_watched_and_nothing_changed_by_it(
+    shards: Path, task_data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     plain = pretrain(on_shards(shards), [], tmp_path / "plain", None)
-    asked = {"every": 3, "data": str(task_data)}
+    asked = {"every": 3, "data": str(task_data), "limit": 2}
     choices = on_shards(shards, hellaswag=asked, reference="fineweb-edu", peak_tflops=0.001)
     tracking = Tracking("tensorboard", tmp_path / "tracking", "tiny")
     watched = pretrain(choices, [], tmp_path / "watched", None, tracking)
@@ -106,6 +109,10 @@ def test_all_is_watched_and_nothing_changed_by_it(shards: Path, task_data: Path,
     points = {point["step"]: point for point in curve(tmp_path / "watched")}
     assert sorted(points) == [2, 3, 4, 6, 8]
     assert [step for step, point in points.items() if "hellaswag" in point] == [3, 6]
+    assert points[6]["hellaswag_documents"] == 2
+    assert re.search(
+        r"pretrain: step 6/8  hellaswag \d\S+ ± \d\S+ \(the first 2 of 5 documents\)", capfd.readouterr().err
+    )
     assert [step for step, point in points.items() if "validation_loss" in point] == [4, 8]
     for point in json.loads((tmp_path / "watched" / "curve.json").read_text()):
         assert point["grad_norm"] > 0 and point["tokens_per_second"] > 0
