@@ -431,8 +431,8 @@ def prepare(
     An INPUT is a text file (.xz is unpacked; <|endoftext|> parts its documents), a folder of .txt and .txt.xz, or
     hub:DATASET[@CONFIG]:SPLIT, streamed; a local folder in the Hub's format will do as DATASET.
 
-    Documents that occur again, are empty, or are not UTF-8 are counted and left out; OUT/manifest.json tells what came
-    of which input. Memory does not grow with the text.
+    Documents that occur again, are empty, or are not UTF-8 are counted and left out, as is the space around each;
+    OUT/manifest.json tells what came of which input. Memory does not grow with the text.
 
     What is held out are whole documents from all over the corpus, or, where it has too few, its end. With
     --end-of-text before the tokens are those of llm.c's own scripts; no shard but an only one is under half full.

@@ -188,8 +188,10 @@ def test_what_a_worker_cannot_do_is_one_line(corpus: Path, tokenizer: Path, tmp_
     assert list(tokenizing.encoded([], how, 3)) == []
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)])
-@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize(
+    ("number", "code", "count"),
+    [(signal.SIGINT, 130, 1), (signal.SIGINT, 130, 2), (signal.SIGTERM, -signal.SIGTERM, 2)],
+)
 def test_told_to_end_it_leaves_nobody_behind(
     number: signal.Signals, code: int, count: int, corpus: Path, tokenizer: Path, tmp_path: Path
 ) -> None:
