@@ -1,6 +1,12 @@
 """`python -m pipeline VERB`."""
 
-from pipeline.cli import main
+import sys
 
 if __name__ == "__main__":
-    main()
+    try:
+        from pipeline.cli import main
+
+        main()
+    except KeyboardInterrupt:  # before the command line was there to say so
+        print("interrupted; run the same command to resume", file=sys.stderr)
+        sys.exit(130)

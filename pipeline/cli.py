@@ -437,9 +437,17 @@ def prepare(
         int | None, typer.Option(min=1, help="Tokenising processes, by default one a core; they decide no byte.")
     ] = None,
     shard_tokens: Annotated[int, typer.Option(min=1, help="Tokens a shard, of 2 bytes each.")] = 100_000_000,
-    validation_every: Annotated[
-        int, typer.Option(min=0, help="Of so many documents one is held out, up to one shard; 0: none.")
-    ] = 200,
+    validation_share: Annotated[
+        float | None,
+        typer.Option(
+            help="Hold out this share of the tokens, at most one shard; 0: none. By default a tenth of the first ten "
+            "million, and one in 200 of the rest."
+        ),
+    ] = None,
+    validation_every: Annotated[int | None, typer.Option(hidden=True)] = None,
+    end_of_text: Annotated[
+        str, typer.Option(help="after or before each document; llm.c's scripts put it before.")
+    ] = "after",
     style: Annotated[str, typer.Option(help="plain, or wikitext: put prose in WikiText's style first.")] = "plain",
     as_json: Json = False,
 ) -> Any:
@@ -449,8 +457,11 @@ def prepare(
     of .txt and .jsonl, or hub:DATASET[@CONFIG]:SPLIT, streamed; a local folder in the Hub's format will do as DATASET.
     .gz, .bz2 and .xz are unpacked.
 
-    Documents that occur again, are empty, or are not UTF-8 are counted and left out; OUT/manifest.json tells what came
-    of which input. Memory does not grow with the text.
+    Documents that occur again, are empty, or are not UTF-8 are counted and left out, as is the space around each;
+    OUT/manifest.json tells what came of which input. Memory does not grow with the text.
+
+    What is held out are whole documents from all over the corpus, or, where it has too few, its end. With
+    --end-of-text before the tokens are those of llm.c's own scripts; no shard but an only one is under half full.
     """
     from pipeline import hardware
     from pipeline.hub import resolve
@@ -459,13 +470,18 @@ def prepare(
 
     if style not in ("plain", "wikitext"):
         raise UserError(f"--style {style}: give plain or wikitext")
+    if end_of_text not in ("after", "before"):
+        raise UserError(f"--end-of-text {end_of_text}: give after or before")
+    if validation_every is not None:
+        raise UserError("--validation-every: tokens are held out now; give --validation-share, such as 0.005; 0: none")
     manifest = work(
         inputs,
         out,
         resolve(tokenizer),
         workers=workers or hardware.cpu()["cores"],
         shard_tokens=shard_tokens,
-        validation_every=validation_every,
+        validation_share=validation_share,
+        end_of_text=end_of_text,  # type: ignore[arg-type]
         style=style,  # type: ignore[arg-type]
     )
     print(json.dumps(manifest) if as_json else f"{summary(manifest)}\nShards: {out}")

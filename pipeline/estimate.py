@@ -18,7 +18,8 @@ def estimate(recipe: Pretrain, device: str | None = None, devices: int = 1, util
 
     Weights, gradients and optimiser state are counted; what the way forward keeps for the way back is measured on
     tensors without data, in bf16 autocast. Time is FLOPs over `utilisation` of the peak.
-    Raises `UserError` for a GPU whose peak is not known, or more devices than a step has batches for.
+    `device_memory` is what one has, `None` if that is not known.
+    Raises `UserError` for a GPU whose peak is not known, or devices that the recipe cannot use.
     """
     here = hardware.gpu()
     name = device or (here["name"] if here else None)
@@ -27,7 +28,12 @@ def estimate(recipe: Pretrain, device: str | None = None, devices: int = 1, util
         known = ", ".join(hardware.PEAKS)
         raise UserError(f"--on {name or 'nothing'}: unknown; give one of {known}, or --set peak_tflops=N as well")
     if recipe.accumulation % devices:
-        raise UserError(f"--devices {devices}: accumulation {recipe.accumulation} is no multiple of it; set it to one")
+        raise UserError(
+            f"--devices {devices}: accumulation {recipe.accumulation} is no multiple of it; "
+            f"--set accumulation={-(-recipe.accumulation // devices) * devices}"
+        )
+    if devices > 1 and recipe.parallel == "none":
+        raise UserError(f"--devices {devices}: parallel is none; --set parallel=ddp, zero1 or fsdp")
     with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16):
         model = new_model(recipe)
         parameters, matrices, kept = _measured(model, recipe.checkpointing)
@@ -51,6 +57,9 @@ def estimate(recipe: Pretrain, device: str | None = None, devices: int = 1, util
         "tokens": tokens,
         "flops": tokens * flops,
         "memory": memory | {"total": sum(memory.values())},
+        "device_memory": here["memory"] if here and not device else hardware.memory(name or ""),
+        "batch_size": recipe.batch_size,
+        "accumulation": recipe.accumulation,
         "utilisation": utilisation,
         "seconds": tokens * flops / (peak * utilisation * devices),
     }
@@ -92,6 +101,25 @@ def format_estimate(found: dict[str, Any]) -> str:
     hours = found["seconds"] / 3600
     return (
         f"{found['parameters']:,} parameters, {found['tokens']:,} tokens, {found['flops']:.3g} FLOPs\n"
-        f"memory of each device, of {found['devices']} {found['device']}:\n{memory}\n"
+        f"memory of each device, of {found['devices']} {found['device']}:\n{memory}\n{verdict(found)}\n"
         f"time: {hours:,.1f} hours at {found['utilisation']:.0%} of the peak (an assumption: --utilisation)"
     )
+
+
+def verdict(found: dict[str, Any]) -> str:
+    """Whether it fits, and what to lower if not: a step may learn from as many tokens, in smaller batches."""
+    total, there = found["memory"]["total"], found["device_memory"]
+    if there is None:
+        return f"whether that fits is not known: nor is the memory of {found['device']}"
+    has = f"{found['device']} has {there / 2**30:.0f} GiB"
+    if total <= there:
+        return f"it fits: {has}"
+    room = there - total + found["memory"]["activations"]
+    size = found["batch_size"]
+    fitting = [n for n in range(1, size) if size % n == 0 and n * found["memory"]["activations"] <= room * size]
+    advice = (
+        f"--set batch_size={fitting[-1]} --set accumulation={found['accumulation'] * size // fitting[-1]}"
+        if fitting
+        else "--set checkpointing=true, or more devices with parallel=fsdp, or a smaller model"
+    )
+    return f"IT DOES NOT FIT: {has}; {advice}"

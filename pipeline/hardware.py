@@ -63,6 +63,30 @@ def peak_flops(name: str) -> float | None:
     return 1e12 * PEAKS[max(found, key=len)] if found else None
 
 
+MEMORIES = {
+    "T4": 15,
+    "V100": 32,
+    "L4": 22,
+    "L40S": 45,
+    "RTX 4090": 24,
+    "A100": 80,
+    "H100 PCIe": 80,
+    "H100": 80,
+    "H200": 140,
+    "B200": 179,
+}
+"""GiB that NVIDIA's driver reports of the largest card of that name."""
+
+
+def memory(name: str) -> int | None:
+    """Bytes of a GPU by its name, which may say how many GB; `None` for one that is not in `MEMORIES`."""
+    said = re.search(r"\b(\d+) ?GB\b", name)
+    found = [key for key in MEMORIES if re.search(rf"\b{key}\b", name)]
+    if said:
+        return int(said[1]) << 30
+    return MEMORIES[max(found, key=len)] << 30 if found else None
+
+
 def _driver() -> str | None:
     """The GPU driver's version; `None` where NVML is not there to tell."""
     try:

@@ -27,6 +27,13 @@ class State:
     """Of the source being read; `None`: at its beginning."""
     kept: int = 0
     tokens: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
+    complete: bool = False
+    """Whether all is read, and no token changes its split any more."""
+
+    @property
+    def made(self) -> int:
+        """Tokens of all splits."""
+        return sum(self.tokens.values())
 
 
 class Journal:
@@ -36,26 +43,34 @@ class Journal:
         path = out / STATE
         if not path.exists() and next(out.glob("*.bin"), None):
             raise UserError(f"{out}: holds shards of another origin; give another --out")
-        self.database = sqlite3.connect(path)
+        begun: tuple[dict[str, Any], State] | None = None
         try:
+            self.database = sqlite3.connect(path)
             self.database.execute("CREATE TABLE IF NOT EXISTS seen (digest BLOB PRIMARY KEY) WITHOUT ROWID")
             self.database.execute("CREATE TABLE IF NOT EXISTS state (choices TEXT, state TEXT)")
             columns = ", ".join(f"{fate} INTEGER DEFAULT 0" for fate in FATES)
             self.database.execute(
                 f"CREATE TABLE IF NOT EXISTS sources (number INTEGER PRIMARY KEY, chain BLOB DEFAULT x'', {columns})"
             )
-            row = self.database.execute("SELECT choices, state FROM state").fetchone()
-        except sqlite3.DatabaseError:
+            for row in self.database.execute("SELECT choices, state FROM state"):
+                begun = json.loads(row[0]), State(**json.loads(row[1]))
+        except (sqlite3.DatabaseError, ValueError, TypeError) as error:
+            if "disk" in str(error):  # full, or failing
+                raise
             damaged(path)
-        if row is None:
+        if begun and begun[0] != choices and not begun[1].made:
+            begun = None  # nothing is lost by other choices
+            for table in ("seen", "state", "sources"):
+                self.database.execute(f"DELETE FROM {table}")
+        if begun is None:
             self.state = State()
             self.database.execute("INSERT INTO state VALUES (?, ?)", (json.dumps(choices), ""))
             numbers = ((number,) for number in range(len(choices["inputs"])))
             self.database.executemany("INSERT INTO sources (number) VALUES (?)", numbers)
             self.commit()
         else:
-            check_same(choices, json.loads(row[0]), out)
-            self.state = State(**json.loads(row[1]))
+            check_same(choices, begun[0], out)
+            self.state = begun[1]
 
     def is_new(self, digest: bytes) -> bool:
         """Whether a document was not yet seen; it is from now on. Half a sha256 tells documents apart."""

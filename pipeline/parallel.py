@@ -133,12 +133,6 @@ class PretrainTrainer(ResumingTrainer):
         if self.args.should_save:
             whole.save_pretrained(output_dir)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if self.spread:
-            self.load_weights(Path(resume_from_checkpoint))
-        else:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-
     def load_weights(self, checkpoint: Path) -> None:
         """Take the weights of a checkpoint, or this process's part of them."""
         if not self.spread:

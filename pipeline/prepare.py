@@ -6,6 +6,7 @@ written is forced onto the disk, and then one transaction of `state.db` says how
 
 import contextlib
 import json
+import os
 import shutil
 import sys
 import time
@@ -14,14 +15,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from eval.errors import UserError
 from eval.results import save_json
+from pipeline import hardware
 from pipeline.artifacts import RunFolder, disk_errors, replace_folder, sha256_file
 from pipeline.corpus import Source, sources
 from pipeline.journal import DUPLICATE, FATES, KEPT, SPLITS, STATE, Journal, State, check_same, damaged
 from pipeline.shards import MOST_TOKENS, Shard, ShardWriter, find_shards, open_shard
 from pipeline.tokenizer import load_tokenizer
-from pipeline.tokenizing import BAD_ENCODING, EMPTY, Style, encoded
+from pipeline.tokenizing import BAD_ENCODING, EMPTY, EndOfText, How, Style, encoded, line_ends
 from pipeline.wikitext import DOCUMENT_MARK
 
 MANIFEST = "manifest.json"
@@ -29,6 +33,13 @@ TOKENIZER, TOKENIZER_FILE = "tokenizer", "tokenizer.json"
 BATCH_BYTES = 1 << 20
 """Text a process is given at a time, and at most lost by a kill for each that works or waits."""
 _REPORT_SECONDS = 5.0
+_MOST_WORKERS = 8
+"""Processes a core."""
+_MOST_SHARE = 0.5
+_SMALL = 10_000_000
+_SMALL_SHARE, _LARGE_SHARE = 0.1, 0.005
+_OVER = 1.5
+"""A document is held out only if that does not come to so many times what is due."""
 
 
 def prepare(
@@ -38,20 +49,29 @@ def prepare(
     *,
     workers: int,
     shard_tokens: int,
-    validation_every: int,
+    validation_share: float | None = None,
+    end_of_text: EndOfText = "after",
     style: Style = "plain",
 ) -> dict[str, Any]:
     """Write `train_*.bin`, `val_000000.bin`, `tokenizer/` and `manifest.json` to `out`; returns the manifest.
 
     Documents already seen (by the sha256 of their text), empty ones, and those that are not UTF-8 text are counted and
-    left out. The first document of every `validation_every` kept ones is held out, as long as one shard has room for it
-    (0: none is). Cut off, the same call goes on and ends with the same bytes, with any number of `workers`.
-    Raises `UserError` for unusable inputs or tokenizer, or a folder that holds something else.
+    left out. `validation_share` of the tokens (`None`: see `_due`) are held out, at most one shard: whole documents
+    from all over the corpus, or its end where it has too few. The end-of-text token stands `end_of_text` each document.
+    Cut off, the same call goes on and ends with the same bytes, with any number of `workers`.
+    Raises `UserError` for unusable inputs or tokenizer, or a folder that holds something else; a folder in which
+    nothing was made is left as it was.
     """
     if not 1 <= shard_tokens <= MOST_TOKENS:
         raise UserError(f"--shard-tokens {shard_tokens}: a shard can hold 1 to {MOST_TOKENS} tokens")
+    if validation_share is not None and not 0 <= validation_share <= _MOST_SHARE:
+        raise UserError(f"--validation-share {validation_share:g}: give a share from 0 to {_MOST_SHARE}")
+    most = _MOST_WORKERS * hardware.cpu()["cores"]
+    if workers > most:
+        raise UserError(f"--workers {workers}: more than this machine can use; give at most {most}")
     partial = out / f".{TOKENIZER}.partial"
-    with RunFolder(out).locked(), disk_errors(out), contextlib.ExitStack() as stack:
+    new = [path for path in (out / ".lock", out, *out.parents) if not os.path.lexists(path)]
+    with RunFolder(out).locked(), _as_before(out, new), disk_errors(out), contextlib.ExitStack() as stack:
         stack.callback(shutil.rmtree, partial, ignore_errors=True)
         corpus = sources(inputs)
         choices = {
@@ -59,7 +79,8 @@ def prepare(
             "tokenizer": _save_tokenizer(tokenizer, partial),
             "style": style,
             "shard_tokens": shard_tokens,
-            "validation_every": validation_every,
+            "validation_share": validation_share,
+            "end_of_text": end_of_text,
         }
         manifest = read_manifest(out)
         if manifest is not None:
@@ -69,7 +90,7 @@ def prepare(
             for split in SPLITS:
                 prepared_shards(out, split)  # which says so if one was damaged since
         else:
-            with contextlib.closing(Journal(out, choices)) as journal:
+            with contextlib.closing(Journal(out, choices)) as journal, _worth_keeping(journal, out):
                 replace_folder(partial, out / TOKENIZER)
                 _write(corpus, journal, out, choices, workers)
                 manifest = _manifest(choices, journal, out)
@@ -78,15 +99,49 @@ def prepare(
     return manifest
 
 
+@contextlib.contextmanager
+def _as_before(out: Path, new: Sequence[Path]) -> Iterator[None]:
+    """Take away what is `new` after a failure, the lock and empty folders, unless a preparation was begun in `out`."""
+    try:
+        yield
+    except BaseException:
+        if not (out / STATE).exists():
+            for path in new:
+                with contextlib.suppress(OSError):
+                    path.rmdir() if path.is_dir() else path.unlink()
+        raise
+
+
+@contextlib.contextmanager
+def _worth_keeping(journal: Journal, out: Path) -> Iterator[None]:
+    """Take away what a preparation wrote that failed before it made a token."""
+    try:
+        yield
+    except BaseException:
+        if not journal.state.made:
+            journal.close()
+            for path in (out / STATE, *out.glob("*.bin")):
+                path.unlink(missing_ok=True)
+            shutil.rmtree(out / TOKENIZER, ignore_errors=True)
+        raise
+
+
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """The manifest of a finished preparation; `None` if there is none. Raises `UserError` if it is damaged."""
     path = folder / MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        return manifest if {"inputs", "tokenizer", "style", "shards"} <= manifest.keys() else damaged(path)
+        whole = {"inputs", "tokenizer", "style", "shards"} <= manifest.keys() and all(
+            {"name", "sha256"} <= given.keys() for given in manifest["inputs"]
+        )
+        whole = whole and all(
+            isinstance(shard["file"], str) and shard["split"] in SPLITS and isinstance(shard["tokens"], int)
+            for shard in manifest["shards"]
+        )
+        return manifest if whole else damaged(path)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, KeyError, TypeError):
         return damaged(path)
 
 
@@ -152,37 +207,107 @@ def _batches(corpus: Sequence[Source], first: int, position: Any) -> Iterator[tu
         yield mark, batch
 
 
+def _due(tokens: int, share: float | None) -> float:
+    """How many of so many tokens are to be held out; without a share a tenth of the first, one in 200 of the rest."""
+    if share is not None:
+        return share * tokens
+    return _SMALL_SHARE * min(tokens, _SMALL) + _LARGE_SHARE * max(0, tokens - _SMALL)
+
+
 def _write(corpus: Sequence[Source], journal: Journal, out: Path, choices: dict[str, Any], workers: int) -> None:
-    state, limit, every = journal.state, choices["shard_tokens"], choices["validation_every"]
+    state, limit = journal.state, choices["shard_tokens"]
     writers = {split: ShardWriter(out, split, limit, tokens) for split, tokens in state.tokens.items()}
     progress = _Progress(len(corpus), state)
-    tokenizer = (out / TOKENIZER / TOKENIZER_FILE).read_text(encoding="utf-8")
-    batches = _batches(corpus, state.source, state.position)
-    for mark, documents in encoded(batches, tokenizer, choices["tokenizer"]["end_of_text"], choices["style"], workers):
-        for number, (digest, ids) in zip(mark.owners, documents, strict=True):
-            if choices["inputs"][number]["sha256"] is None:
-                journal.chain(number, digest)
-            if isinstance(ids, str):
-                journal.count(number, ids)
-            elif not journal.is_new(digest):
-                journal.count(number, DUPLICATE)
-            else:
-                journal.count(number, KEPT)
-                held_out = every and state.kept % every == 0 and state.tokens["val"] + len(ids) <= limit
-                split = "val" if held_out else "train"
-                writers[split].add(ids)
-                state.tokens[split] += len(ids)
-                state.kept += 1
-        for writer in writers.values():
-            writer.sync()
-        state.source, state.position = mark.source, mark.position
+    if not state.complete:
+        _read_all(corpus, journal, choices, workers, writers, progress, str(out / TOKENIZER / TOKENIZER_FILE))
+        if not state.made:
+            raise UserError(_nothing_left(choices, journal))
+        _hold_out_the_end(state, writers, choices, out / TOKENIZER / TOKENIZER_FILE)
+        state.complete = True
         journal.commit()
-        progress.show(corpus[state.source].name)
-    for writer in writers.values():
-        writer.finish()
-    if not state.tokens["train"]:
-        raise UserError(f"{out}: all documents were held out or left out; give more documents and another --out")
+    for split, writer in writers.items():
+        writer.finish(state.tokens[split])
     progress.show("all", last=True)
+
+
+def _read_all(
+    corpus: Sequence[Source],
+    journal: Journal,
+    choices: dict[str, Any],
+    workers: int,
+    writers: dict[str, ShardWriter],
+    progress: "_Progress",
+    tokenizer: str,
+) -> None:
+    state, share = journal.state, choices["validation_share"]
+    how = How(tokenizer, choices["tokenizer"]["end_of_text"], choices["end_of_text"], choices["style"])
+    with contextlib.closing(encoded(_batches(corpus, state.source, state.position), how, workers)) as batches:
+        for mark, documents in batches:
+            for number, (digest, ids) in zip(mark.owners, documents, strict=True):
+                if choices["inputs"][number]["sha256"] is None:
+                    journal.chain(number, digest)
+                if isinstance(ids, str):
+                    journal.count(number, ids)
+                elif not journal.is_new(digest):
+                    journal.count(number, DUPLICATE)
+                else:
+                    journal.count(number, KEPT)
+                    split = "val" if _is_held_out(state, len(ids), share, choices["shard_tokens"]) else "train"
+                    writers[split].add(ids)
+                    state.tokens[split] += len(ids)
+                    state.kept += 1
+            for writer in writers.values():
+                writer.sync()
+            state.source, state.position = mark.source, mark.position
+            journal.commit()
+            progress.show(corpus[state.source].name)
+
+
+def _is_held_out(state: State, tokens: int, share: float | None, limit: int) -> bool:
+    """Whether the next document is: as soon as some are due, whatever its length, if it is not much of all there is."""
+    then = state.tokens["val"] + tokens
+    return (
+        state.tokens["val"] < _due(state.made, share)
+        and then <= _OVER * _due(state.made + tokens, share)
+        and then <= limit
+    )
+
+
+def _hold_out_the_end(state: State, writers: dict[str, ShardWriter], choices: dict[str, Any], tokenizer: Path) -> None:
+    """Where documents were too few or too long to hold out half of what is due, hold out the end of the text, too.
+
+    It begins with a line or document, if one begins in the first half of it. Only what `state` says changes; the
+    tokens are cut off where they were once that is on the disk.
+    """
+    train, val = writers["train"], writers["val"]
+    due = min(_due(state.made, choices["validation_share"]), choices["shard_tokens"])
+    missing = int(due) - val.tokens
+    if missing < 1 or 2 * val.tokens >= due:
+        return
+    start, middle = train.tokens - missing, train.tokens - missing // 2
+    end, before = choices["tokenizer"]["end_of_text"], choices["end_of_text"] == "before"
+    ends = [*line_ends(tokenizer), *([] if before else [end])]
+    at = start
+    for part in train.read(start, middle):
+        found = np.isin(part, ends)
+        found[:-1] |= before & (part[1:] == end)
+        if found.any():
+            start = at + int(found.argmax()) + 1
+            break
+        at += len(part)
+    for part in train.read(start, train.tokens):
+        val.add(part)
+    val.sync()
+    state.tokens |= {"train": start, "val": val.tokens}
+
+
+def _nothing_left(choices: dict[str, Any], journal: Journal) -> str:
+    """Why no document was kept."""
+    fates = [counts for _, counts in journal.outcome()]
+    empty, bad = (sum(counts[fate] for counts in fates) for fate in (EMPTY, BAD_ENCODING))
+    names = ", ".join(given["name"] for given in choices["inputs"][:3])
+    advice = "--style plain takes prose as it is" if choices["style"] == "wikitext" and empty else "give text"
+    return f"{names}: no document is left ({empty:,} empty, {bad:,} not UTF-8 text); {advice}"
 
 
 class _Progress:
@@ -191,12 +316,12 @@ class _Progress:
     def __init__(self, sources: int, state: State):
         self.sources, self.state = sources, state
         self.begun = self.shown = time.monotonic()
-        self.before = sum(state.tokens.values())
+        self.before = state.made
         if self.before:
             print(f"data: going on after {self.before:,} tokens", file=sys.stderr)
 
     def show(self, name: str, *, last: bool = False) -> None:
-        now, tokens = time.monotonic(), sum(self.state.tokens.values())
+        now, tokens = time.monotonic(), self.state.made
         if last or now - self.shown >= _REPORT_SECONDS:
             self.shown = now
             print(
@@ -216,7 +341,7 @@ def _manifest(choices: dict[str, Any], journal: Journal, out: Path) -> dict[str,
         **choices,
         "inputs": inputs,
         **{key: sum(given[key] for given in inputs) for key in ("documents", *FATES)},
-        "tokens": sum(state.tokens.values()),
+        "tokens": state.made,
         "shards": [
             {"file": shard.path.name, "split": split, "tokens": shard.tokens, "sha256": sha256_file(shard.path)}
             for split in SPLITS
@@ -232,12 +357,16 @@ def tokens_held_out(manifest: dict[str, Any]) -> int:
 
 def summary(manifest: dict[str, Any]) -> str:
     """What a person wants to know of a preparation, in a few lines."""
+    held_out, shortest = tokens_held_out(manifest), min(shard["tokens"] for shard in manifest["shards"])
     lines = [
         f"{manifest['tokens']:,} tokens of {manifest['kept']:,} documents in {len(manifest['shards'])} shards; "
-        f"{tokens_held_out(manifest):,} tokens held out",
+        f"{held_out:,} tokens held out",
         f"left out: {manifest['duplicates']:,} duplicates, {manifest[EMPTY]:,} empty, "
         f"{manifest[BAD_ENCODING]:,} not UTF-8 text",
+        f"shortest shard: {shortest:,} tokens (llm.c's loader takes one of B x T x processes + 1 or more)",
     ]
+    if not held_out and manifest["validation_share"] != 0:
+        lines.append("too little text to hold any out: a training needs another text to be judged by")
     lines += [
         f"not UTF-8 text: {given['name']} ({given[BAD_ENCODING]:,} of {given['documents']:,} documents)"
         for given in manifest["inputs"]

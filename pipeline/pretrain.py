@@ -1,7 +1,9 @@
 """Train CompactGPT2 from scratch with the Hugging Face `Trainer`: tokenizer, shards, model, curve."""
 
 import contextlib
+import json
 import os
+import shutil
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -11,7 +13,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast, TrainingArguments, set_seed
 
-from eval.errors import UserError
+from eval.errors import UserError, WorkError
 from eval.results import save_json
 from pipeline import hardware
 from pipeline.artifacts import RunFolder, disk_errors, named_hashes, refuse_other_choices, replace_folder
@@ -79,7 +81,9 @@ def _pretrain(recipe: Pretrain, files: Sequence[Path], out: Path, validation_tex
             break
         except Diverged as error:
             if len(rollbacks.steps) >= recipe.rollbacks:
-                raise
+                raise WorkError(
+                    f"pretrain: {error.what}; lower the learning rate and give another --out, which starts anew"
+                ) from error
             step = trainer.state.global_step
             del trainer
             with args.main_process_first(local=False):
@@ -117,13 +121,16 @@ def _trainer(
     dtype = hardware.autocast_dtype(args.device.type) if recipe.autocast else None
     kernel = attention_kernel(model.to(args.device), dtype)
     if recipe.attention == "flash" and "flash" not in kernel:
-        raise UserError(f"attention is flash, but SDPA chose {kernel} on {args.device}; set attention=any")
-    tokens_per_step = recipe.batch_size * recipe.accumulation * recipe.model.n_positions
+        raise UserError(f"attention is flash, but SDPA chose {kernel} on {args.device}; --set attention=any")
+    at_hand = len(blocks) * (world_size() if recipe.shards else 1)
+    wanted = recipe.batch_size * recipe.accumulation
+    tokens_per_step = min(wanted, at_hand) * recipe.model.n_positions
     if is_main_process():
-        at_hand = len(blocks) * recipe.model.n_positions * (world_size() if recipe.shards else 1)
+        fewer = f" (batch_size x accumulation are {wanted} blocks, of which there are {at_hand})"
         print(
-            f"pretrain: {model.num_parameters():,} parameters, {at_hand:,} tokens at hand, "
-            f"{recipe.steps} steps of {tokens_per_step:,} tokens; attention by {kernel}",
+            f"pretrain: {model.num_parameters():,} parameters, {at_hand * recipe.model.n_positions:,} tokens at hand, "
+            f"{recipe.steps} steps of {tokens_per_step:,} tokens{fewer if at_hand < wanted else ''}; "
+            f"attention by {kernel}",
             file=sys.stderr,
         )
     if recipe.compile:
@@ -201,12 +208,17 @@ def _data(recipe: Pretrain, files: Sequence[Path], out: Path) -> tuple[Any, Toke
     shards = expanded(recipe.shards)
     tokenizer = _shard_tokenizer(recipe, shards)
     train = shard_blocks(recipe, shards, "train", len(tokenizer))
+    if len(train) < world_size():
+        raise UserError(f"{shards}: {len(train)} blocks for {world_size()} processes; prepare more text or start fewer")
     _same_choices(recipe, deciding_files(shards), out)
     return tokenizer, ShuffledBlocks(train, recipe.seed, rank(), world_size())
 
 
 def _same_choices(recipe: Pretrain, files: Sequence[Path], out: Path) -> None:
-    """Refuse to mix two trainings in one folder; the length of the schedule and how work is shared may change."""
+    """Refuse to mix two trainings in one folder; the length of the schedule and how work is shared may change.
+
+    Where a training was refused or cut off before its first checkpoint, other choices begin anew.
+    """
     free = {"steps", "decay_steps", "save_steps", "eval_steps", "log_steps"}
     free |= {
         "parallel",
@@ -222,9 +234,26 @@ def _same_choices(recipe: Pretrain, files: Sequence[Path], out: Path) -> None:
     }
     choices = recipe.model_dump(mode="json", exclude=free | {"shards"}) | {"files": named_hashes(files)}
     path = out / "pretrain.json"
-    refuse_other_choices(choices, path, "training")
+    try:
+        refuse_other_choices(choices, path, "training")
+    except UserError:
+        if _begun(out):
+            raise
+        if is_main_process():
+            shutil.rmtree(out / TOKENIZER, ignore_errors=True)
+            for name in ("tokens.npy", "rollbacks.json"):
+                (out / name).unlink(missing_ok=True)
     if is_main_process():
         save_json(choices, path)
+
+
+def _begun(out: Path) -> bool:
+    """Whether the training in `out` has a checkpoint or model, or its choices cannot be read."""
+    try:
+        json.loads((out / "pretrain.json").read_text(encoding="utf-8"))
+    except ValueError:
+        return True
+    return (out / "model").exists() or next(out.glob("checkpoint-*"), None) is not None
 
 
 def deciding_files(shards: Path) -> list[Path]:
@@ -239,13 +268,14 @@ def _shard_tokenizer(recipe: Pretrain, shards: Path) -> Any:
     manifest = read_manifest(shards)
     if manifest and manifest["style"] != recipe.style:
         raise UserError(
-            f"{shards}: prepared with --style {manifest['style']}, but the recipe's style is {recipe.style}"
+            f"{shards}: prepared with --style {manifest['style']}, but the recipe's style is {recipe.style}; "
+            f"--set style={manifest['style']}"
         )
     tokenizer = load_tokenizer(shards / TOKENIZER)
     if len(tokenizer) > recipe.model.vocab_size:
         raise UserError(
-            f"{shards}: its tokenizer has {len(tokenizer)} tokens; set model.vocab_size to that, "
-            f"not {recipe.model.vocab_size}"
+            f"{shards}: its tokenizer has {len(tokenizer)} tokens, model.vocab_size is {recipe.model.vocab_size}; "
+            f"--set model.vocab_size={len(tokenizer)}"
         )
     return tokenizer
 
@@ -256,12 +286,28 @@ def shard_blocks(recipe: Pretrain, shards: Path, split: str, vocab_size: int) ->
     if not len(blocks):
         raise UserError(
             f"{shards}: no {split} shard holds a block of {blocks.length} tokens; "
-            + ("prepare more text" if split == "train" else "set validation to a text")
+            + ("prepare more text" if split == "train" else "--set validation=FILE, or embedded:valid")
         )
     return blocks
 
 
-def _documents(recipe: Pretrain, files: Iterable[Path]) -> Iterator[str]:
+def _documents(recipe: Pretrain, files: Sequence[Path]) -> Iterator[str]:
+    """The documents of all files. Raises `UserError` where the style leaves none."""
+    found = _styled(recipe, files)
+    first = next(found, None)
+    if first is None:
+        names = ", ".join(map(str, files[:3]))
+        raise UserError(
+            f"{names}: style wikitext keeps no document, since the first line of each is taken for its title and none "
+            "has a second; --set style=plain takes the text as it is"
+            if recipe.style == "wikitext"
+            else f"{names}: holds no document; give text"
+        )
+    yield first
+    yield from found
+
+
+def _styled(recipe: Pretrain, files: Iterable[Path]) -> Iterator[str]:
     for path in files:
         for text in read_rows(path):
             if recipe.style == "wikitext":
@@ -282,7 +328,8 @@ def _limited(documents: Iterator[str], limit: int | None) -> Iterator[str]:
 def train_tokenizer(recipe: Pretrain, files: Sequence[Path], out: Path) -> PreTrainedTokenizerFast:
     """A byte-level BPE (Sennrich et al. 2016; GPT-2's bytes) trained on the head of the text."""
     folder = out / "tokenizer"
-    if not (folder / "tokenizer.json").exists():
+    kept = PreTrainedTokenizerFast.from_pretrained(folder) if (folder / "tokenizer.json").exists() else ()
+    if len(kept) != recipe.model.vocab_size:
         from tokenizers import ByteLevelBPETokenizer
 
         print(f"pretrain: training a byte-level BPE of {recipe.model.vocab_size} tokens", file=sys.stderr)
@@ -296,7 +343,8 @@ def train_tokenizer(recipe: Pretrain, files: Sequence[Path], out: Path) -> PreTr
         )
         if bpe.get_vocab_size() != recipe.model.vocab_size:
             raise UserError(
-                f"the text yields only {bpe.get_vocab_size()} tokens; set model.vocab_size to that or give more text"
+                f"the text yields a vocabulary of {bpe.get_vocab_size()} tokens only; give more text, or "
+                f"--set model.vocab_size={bpe.get_vocab_size()}"
             )
         partial = out / "tokenizer.partial"
         PreTrainedTokenizerFast(
@@ -320,7 +368,10 @@ def _blocks(recipe: Pretrain, files: Sequence[Path], tokenizer: Any, out: Path) 
         length = recipe.model.n_positions
         count = len(ids) // length
         if not count:
-            raise UserError(f"the text has {len(ids)} tokens, fewer than one block of {length}: give more text")
+            raise UserError(
+                f"the text has {len(ids)} tokens, fewer than one block of {length}; give more text, or "
+                f"--set model.n_positions={max(1, len(ids))}"
+            )
         partial = path.with_suffix(".partial.npy")
         np.save(partial, ids[: count * length].reshape(count, length))
         os.replace(partial, path)

@@ -1,9 +1,10 @@
 """A family of trainings from scratch, and the scaling law that they follow."""
 
+import contextlib
 import json
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,22 +18,17 @@ from eval.scaling_law import FLOPS, enough, examine
 from pipeline import hardware, launchers
 from pipeline.artifacts import RunFolder, disk_errors, git_commit, named_hashes, refuse_other_choices, versions
 from pipeline.data import sha256_text
-from pipeline.prepare import TOKENIZER, prepare, tokens_held_out
+from pipeline.prepare import TOKENIZER, prepare
 from pipeline.pretrain import deciding_files, new_model, pretrain, shard_blocks, train_tokenizer
 from pipeline.reading import expanded
 from pipeline.recipe import Pretrain, PretrainModel, Scaling, Size, parse_recipe
 from pipeline.texts import load_text
 from pipeline.training import drop_checkpoints, world_size
-from pipeline.wikitext import DOCUMENT_MARK
 from plots import scaling as drawing
 from plots import style
 
 RESULT, RECORD = "result.json", "scaling.json"
 _SHARD_TOKENS = 100_000_000
-_HELD_OUT = 100
-"""One document of so many is."""
-_MOST_HELD_OUT = 0.1
-"""The share of the tokens that this may come to: few long documents would leave little to train on."""
 
 
 @dataclass(frozen=True)
@@ -81,8 +77,9 @@ def scaling(recipe: Scaling, files: Sequence[Path], out: Path, *, workers: int =
     with RunFolder(out).locked(), disk_errors(out):
         family_file, kept = out / "family.json", _kept(recipe, files)
         refuse_other_choices(kept, family_file, "family")
-        template = recipe.pretrain if recipe.pretrain.shards else _prepared(recipe.pretrain, files, out / "data")
-        at_hand = _tokens(template)
+        with _our_keys():
+            template = recipe.pretrain if recipe.pretrain.shards else _prepared(recipe.pretrain, files, out / "data")
+            at_hand = _tokens(template)
         family, left_out = expand(recipe.model_copy(update={"pretrain": template}), at_hand)
         save_json(kept, family_file)
         for why in left_out:
@@ -117,6 +114,15 @@ def scaling(recipe: Scaling, files: Sequence[Path], out: Path, *, workers: int =
     if failed:
         raise WorkError(f"{_failures(failed)}; {out}/scaling.* are of the others")
     return record
+
+
+@contextlib.contextmanager
+def _our_keys() -> Iterator[None]:
+    """Let what `pretrain` advises to set name our keys, below `pretrain`."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(str(error).replace("--set ", "--set pretrain.")) from error
 
 
 def expand(recipe: Scaling, at_hand: int) -> tuple[list[Member], list[str]]:
@@ -195,21 +201,15 @@ def _prepared(template: Pretrain, files: Sequence[Path], folder: Path) -> Pretra
         texts = [folder / "embedded.txt"]
         save_text(load_text("embedded:train"), texts[0])
     train_tokenizer(template, texts, folder)
-    manifest = prepare(
+    prepare(
         [str(path.absolute()) for path in texts],
         folder / "shards",
         folder / TOKENIZER,
         workers=hardware.cpu()["cores"],
         shard_tokens=_SHARD_TOKENS,
-        validation_every=0 if validation else _HELD_OUT,
+        validation_share=0 if validation else None,
         style=template.style,
     )
-    held_out = tokens_held_out(manifest)
-    if held_out > _MOST_HELD_OUT * manifest["tokens"]:
-        raise UserError(
-            f"the text has {manifest['kept']} documents, and the ones held out are {held_out / manifest['tokens']:.0%} "
-            f"of it; part them by {DOCUMENT_MARK}, or --set pretrain.validation=FILE, with another --out"
-        )
     return template.model_copy(update={"shards": str((folder / "shards").absolute()), "validation": validation})
 
 
@@ -272,7 +272,8 @@ def train(task: Training) -> str | None:
 def _one(task: Training) -> None:
     member = task.member
     recipe = member.recipe
-    pretrain(recipe, [], task.folder, load_text(recipe.validation) if recipe.validation else None)
+    with _our_keys():
+        pretrain(recipe, [], task.folder, load_text(recipe.validation) if recipe.validation else None)
     curve = json.loads((task.folder / "curve.json").read_text(encoding="utf-8"))
     result = {
         **member.size.model_dump(),

@@ -7,7 +7,7 @@ tokens, zeros; then the tokens as uint16.
 import hashlib
 import os
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -21,8 +21,9 @@ from eval.errors import UserError
 
 MAGIC, VERSION = 20240520, 1
 HEADER_BYTES = 1024
-MOST_TOKENS = 2**31 - 1
-"""What the header's count of tokens can say."""
+MOST_TOKENS = (2**31 - 1 - HEADER_BYTES) // 2
+"""llm.c's loader seeks in bytes, by a 32-bit number."""
+_PART = 1 << 20
 _MAGIC_32_BITS = 20240801
 
 
@@ -90,7 +91,8 @@ class ShardWriter:
             self.tokens += len(part)
             ids = ids[len(part) :]
             if self.tokens % self.limit == 0:
-                self._close(self.limit)
+                self._close()
+                _seal(self._path(self.tokens // self.limit - 1), self.limit)
 
     def sync(self) -> None:
         """Force onto the disk what was added."""
@@ -98,29 +100,96 @@ class ShardWriter:
             self.file.flush()
             os.fsync(self.file.fileno())
 
-    def finish(self) -> None:
-        """Complete the last shard."""
-        if rest := self.tokens % self.limit:
-            self.file = self.file or self._open()
-            self._close(rest)
+    def read(self, start: int, stop: int) -> Iterator[np.ndarray]:
+        """Tokens `start` to `stop` of those that are on the disk, in parts of uint16."""
+        while start < stop:
+            number, inside = divmod(start, self.limit)
+            count = min(stop - start, self.limit - inside, _PART)
+            yield Shard(self._path(number), self.limit).read(inside, count)
+            start += count
+
+    def finish(self, tokens: int) -> None:
+        """Complete the shards with the first `tokens` tokens; cut off at any instant, another call ends the same.
+
+        A last shard less than half full takes as many as it has then from the one before: llm.c's loader refuses
+        one that is shorter than a batch.
+        """
+        self._close()
+        self.tokens = tokens
+        whole, rest = divmod(tokens, self.limit)
+        if whole and 0 < 2 * rest < self.limit:
+            self._level(self._path(whole - 1), self._path(whole), rest)
+        elif rest:
+            _seal(self._path(whole), rest)
+        for path in self.folder.glob(f"{self.split}_*.bin"):
+            if path >= self._path(whole + bool(rest)):
+                path.unlink()
+
+    def _level(self, first: Path, last: Path, rest: int) -> None:
+        """Spread a full shard and the `rest` tokens after it over both."""
+        kept = (self.limit + rest + 1) // 2
+        moved = self.limit - kept
+        # Once the last one has its new content, it says so, and the other one may be cut.
+        if not _is_sealed(last, moved + rest):
+            partial = last.with_suffix(".partial")
+            with partial.open("wb") as file:
+                file.write(_header(moved + rest))
+                file.write(Shard(first, self.limit).read(kept, moved).tobytes())
+                file.write(Shard(last, rest).read(0, rest).tobytes())
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(last)
+        _seal(first, kept)
+
+    def _path(self, number: int) -> Path:
+        return self.folder / f"{self.split}_{number:06d}.bin"
 
     def _open(self) -> IO[bytes]:
-        path = self.folder / f"{self.split}_{self.tokens // self.limit:06d}.bin"
-        inside = self.tokens % self.limit
-        file = path.open("r+b" if inside else "wb")
-        if not inside:
-            file.write(bytes(HEADER_BYTES))
-        file.truncate(HEADER_BYTES + 2 * inside)
-        file.seek(0, os.SEEK_END)
+        number, inside = divmod(self.tokens, self.limit)
+        if inside:
+            return _cut(self._path(number), inside)
+        file = self._path(number).open("wb")
+        file.write(bytes(HEADER_BYTES))
         return file
 
-    def _close(self, tokens: int) -> None:
-        assert self.file is not None
-        self.file.seek(0)
-        self.file.write(np.array([MAGIC, VERSION, tokens], "<i4").tobytes())
-        self.sync()
-        self.file.close()
-        self.file = None
+    def _close(self) -> None:
+        if self.file is not None:
+            self.file.close()
+            self.file = None
+
+
+def _header(tokens: int) -> bytes:
+    return np.array([MAGIC, VERSION, tokens], "<i4").tobytes().ljust(HEADER_BYTES, b"\0")
+
+
+def _is_sealed(path: Path, tokens: int) -> bool:
+    with path.open("rb") as file:
+        return file.read(HEADER_BYTES) == _header(tokens)
+
+
+def _cut(path: Path, tokens: int) -> IO[bytes]:
+    """A file of at least so many tokens, open behind them. Raises `UserError` where they are no longer there."""
+    try:
+        file = path.open("r+b")
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: missing; delete the folder and prepare it again") from error
+    length = HEADER_BYTES + 2 * tokens
+    if os.fstat(file.fileno()).st_size < length:
+        file.close()
+        raise UserError(f"{path}: shorter than it was; delete the folder and prepare it again")
+    file.truncate(length)
+    file.seek(length)
+    return file
+
+
+def _seal(path: Path, tokens: int) -> None:
+    """Make a file of at least so many tokens a shard of exactly these."""
+    with _cut(path, tokens) as file:
+        os.fsync(file.fileno())
+        file.seek(0)
+        file.write(_header(tokens))
+        file.flush()
+        os.fsync(file.fileno())
 
 
 class ShardBlocks:

@@ -1,92 +1,182 @@
 """Documents to tokens in several processes: answers in the order of the questions, few of them waiting.
 
-Imports little: each worker pays for it.
+A worker is a plain child with a pipe in and a pipe out. Whatever ends it closes them, which wakes whoever waits for it;
+and it ends when its input does. So nobody waits for ever, and nobody is left behind. Imports little: each worker pays.
 """
 
+import contextlib
 import hashlib
-import multiprocessing
 import os
-import signal
+import pickle
+import queue
+import subprocess
+import sys
 from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from typing import Literal, TypeVar
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
 from tokenizers import Tokenizer
 
-from eval.errors import WorkError
-from pipeline.children import end_with_parent
+from eval.errors import UserError, WorkError, reason
 from pipeline.refusals import refusals
 from pipeline.wikitext import DOCUMENT_MARK, styled_documents
 
 EMPTY, BAD_ENCODING = "empty", "bad_encodings"
 Style = Literal["plain", "wikitext"]
+EndOfText = Literal["after", "before"]
 Encoded = list[tuple[bytes, np.ndarray | str]]
 """Of each document the sha256, and its tokens (uint16) or why it has none: `EMPTY` or `BAD_ENCODING`."""
 M = TypeVar("M")
 
-_worker: tuple[Tokenizer, int, Style]
+
+class How(NamedTuple):
+    """What a worker is told: a tokenizer.json, the end-of-text token and its place, and the style."""
+
+    tokenizer: str
+    end: int
+    end_of_text: EndOfText
+    style: Style
 
 
 def encoded(
-    batches: Iterable[tuple[M, list[bytes]]], tokenizer: str, end: int, style: Style, workers: int
-) -> Iterator[tuple[M, Encoded]]:
-    """Each batch's mark with its documents encoded, in order.
+    batches: Iterable[tuple[M, list[bytes]]], how: How, workers: int
+) -> Generator[tuple[M, Encoded], None, None]:
+    """Each batch's mark with its documents encoded, in order; `close` it to end the workers early.
 
-    `tokenizer` is the text of a tokenizer.json, `end` the token that closes each document.
-    Raises `WorkError` if a worker process dies.
+    Raises `WorkError` if a worker process dies, or cannot be started.
     """
     waiting: deque[tuple[M, Future[Encoded]]] = deque()
-    spawn = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, spawn, initializer=_start, initargs=(tokenizer, end, style))
+    started: list[_Worker] = []
+    idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
+    threads = ThreadPoolExecutor(workers)  # each waits for one worker
+
+    def ask(documents: list[bytes]) -> Encoded:
+        worker = idle.get()
+        try:
+            return worker.ask(documents)
+        finally:
+            idle.put(worker)  # a dead one fails the next as well, instead of letting it wait
+
     try:
         for mark, documents in batches:
-            waiting.append((mark, pool.submit(encode_documents, documents)))
+            if len(started) < workers:
+                started.append(_Worker(how))
+                idle.put(started[-1])
+            waiting.append((mark, threads.submit(ask, documents)))
             if len(waiting) > 2 * workers:
                 first, future = waiting.popleft()
                 yield first, future.result()
         while waiting:
             first, future = waiting.popleft()
             yield first, future.result()
-    except BrokenProcessPool as error:
-        raise WorkError(
-            "a tokenising process was ended from outside (out of memory?); run the same command to go on, "
-            "with fewer --workers"
-        ) from error
     finally:
-        pool.shutdown(cancel_futures=True)
+        for worker in started:
+            worker.end()
+        threads.shutdown(cancel_futures=True)
 
 
-def _start(tokenizer: str, end: int, style: Style) -> None:
-    global _worker
-    end_with_parent()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent says so
+class _Worker:
+    """A child process that encodes documents."""
+
+    def __init__(self, how: How):
+        # Ctrl-C is the parent's: in a group of its own the child does not get it, not even while Python starts.
+        program = (
+            f"import signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); sys.path[:] = {sys.path!a}; "
+            f"from pipeline.tokenizing import serve; serve({tuple(how)!a})"
+        )
+        try:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", program],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,  # what fails is answered
+                process_group=0,
+            )
+        except OSError as error:
+            raise WorkError(
+                f"a tokenising process cannot be started ({error.strerror}); run the same command to go on, "
+                "with fewer --workers"
+            ) from error
+
+    def ask(self, documents: list[bytes]) -> Encoded:
+        """The documents encoded. Raises `WorkError` if the process has ended, or failed."""
+        assert self.process.stdin and self.process.stdout
+        try:
+            pickle.dump(documents, self.process.stdin)
+            self.process.stdin.flush()
+            answer = pickle.load(self.process.stdout)
+        except (OSError, EOFError, ValueError, pickle.UnpicklingError) as error:
+            raise WorkError(
+                "a tokenising process was ended from outside (out of memory?); run the same command to go on, "
+                "with fewer --workers"
+            ) from error
+        if isinstance(answer, UserError | WorkError):
+            raise answer
+        return answer
+
+    def end(self) -> None:
+        """End the process, whatever it does; whoever waits for it is told so."""
+        self.process.kill()
+        self.process.wait()
+
+
+def serve(how: tuple[str, int, EndOfText, Style]) -> None:
+    """What a worker does: answers pickled batches from its input on its output, an error for what fails."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    loaded = Tokenizer.from_str(tokenizer)
-    loaded.no_truncation()
-    loaded.no_padding()
-    _worker = loaded, end, style
+    encode: Callable[[list[bytes]], Encoded] | None = None
+    with contextlib.suppress(EOFError, OSError, pickle.UnpicklingError):  # the parent has ended
+        while True:
+            documents = pickle.load(sys.stdin.buffer)
+            answer: Encoded | UserError | WorkError
+            try:
+                encode = encode or encoder(How(*how))
+                answer = encode(documents)
+            except UserError as error:
+                answer = error
+            except Exception as error:
+                answer = WorkError(f"a text cannot be tokenised: {reason(error)}")
+            pickle.dump(answer, sys.stdout.buffer)
+            sys.stdout.flush()
+    os._exit(0)  # without a last, failing flush of what nobody reads
 
 
-def encode_documents(documents: list[bytes]) -> Encoded:
-    """What a worker does with a batch."""
-    tokenizer, end, style = _worker
-    texts = [_text(raw) for raw in documents]
-    digests = [
-        hashlib.sha256(raw if text is None else text.encode()).digest()
-        for raw, text in zip(documents, texts, strict=True)
-    ]
-    if style == "wikitext":
-        texts = [text and DOCUMENT_MARK.join(styled_documents(text)) for text in texts]
-    with refusals("the tokenizer gives up on a document"):
-        encodings = iter(tokenizer.encode_batch_fast([text for text in texts if text], add_special_tokens=False))
-    tokens: list[np.ndarray | str] = [
-        np.array([*next(encodings).ids, end], np.uint16) if text else BAD_ENCODING if text is None else EMPTY
-        for text in texts
-    ]
-    return list(zip(digests, tokens, strict=True))
+def encoder(how: How) -> Callable[[list[bytes]], Encoded]:
+    """What encodes a batch of documents."""
+    tokenizer = Tokenizer.from_file(how.tokenizer)
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    before, after = ([how.end], []) if how.end_of_text == "before" else ([], [how.end])
+
+    def encode(documents: list[bytes]) -> Encoded:
+        texts = [_text(raw) for raw in documents]
+        digests = [
+            hashlib.sha256(raw if text is None else text.encode()).digest()
+            for raw, text in zip(documents, texts, strict=True)
+        ]
+        if how.style == "wikitext":
+            texts = [text and DOCUMENT_MARK.join(styled_documents(text)) for text in texts]
+        with refusals("the tokenizer gives up on a document"):
+            encodings = iter(tokenizer.encode_batch_fast([text for text in texts if text], add_special_tokens=False))
+        tokens: list[np.ndarray | str] = [
+            np.array([*before, *next(encodings).ids, *after], np.uint16)
+            if text
+            else BAD_ENCODING
+            if text is None
+            else EMPTY
+            for text in texts
+        ]
+        return list(zip(digests, tokens, strict=True))
+
+    return encode
+
+
+def line_ends(tokenizer: Path) -> list[int]:
+    """The tokens that end a line, of a byte-level tokenizer.json or another."""
+    vocabulary = Tokenizer.from_file(str(tokenizer)).get_vocab()
+    return [token for text, token in vocabulary.items() if text.endswith(("\n", "Ċ"))]  # as GPT-2 writes its bytes
 
 
 def _text(raw: bytes) -> str | None:

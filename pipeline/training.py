@@ -135,6 +135,10 @@ class Clock(TrainerCallback):
 class ResumingTrainer(Trainer):
     """A `Trainer` that resumes on several processes without a GPU, too."""
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        # The trainer's own way knows nothing of tied weights, and calls the head missing.
+        self.load_weights(Path(resume_from_checkpoint))
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         # By way of the CPU: where there are several, a process calls its device cpu:0, which nothing can be loaded to.
         if checkpoint is not None:

@@ -1,6 +1,7 @@
 """What a pretraining is watched by: kernel of attention, speed, utilisation, HellaSwag, and the curve of it all."""
 
 import contextlib
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 
+from eval.results import Score
 from eval.task_data import load_documents
 from pipeline.data import encode
 from pipeline.model import CompactGPT2Config, CompactGPT2LMHeadModel
@@ -103,15 +105,23 @@ class Quiz(TrainerCallback):
         with self.meter.paused():
             model = self.trainer.whole_model()
             if is_main_process():
-                self.trainer.log({"hellaswag": self._score(model)})
+                score = self._score(model)
+                self.trainer.log({"hellaswag": score.accuracy, "hellaswag_documents": score.documents})
+                part = f"the first {score.documents:,} of " if score.documents < score.of else ""
+                print(
+                    f"pretrain: step {state.global_step}/{state.max_steps}  "
+                    f"hellaswag {score.accuracy:.4f} ± {score.stderr:.4f} ({part}{score.of:,} documents)",
+                    file=sys.stderr,
+                    flush=True,
+                )
         control.should_log = True  # which a log takes back
 
-    def _score(self, model: CompactGPT2LMHeadModel) -> float:
+    def _score(self, model: CompactGPT2LMHeadModel) -> Score:
         from eval.tasks import EngineLM, evaluate
         from pipeline.engines.torch import TorchEngine
 
         lm = EngineLM(TorchEngine(model, device=str(model.device)), self.tokenizer, encode)
-        return evaluate(lm, {"hellaswag": self.documents}, limit=self.choices.limit)["hellaswag"].accuracy
+        return evaluate(lm, {"hellaswag": self.documents}, limit=self.choices.limit)["hellaswag"]
 
 
 _KEYS = {
@@ -119,6 +129,7 @@ _KEYS = {
     "loss": "loss",
     "eval_loss": "validation_loss",
     "hellaswag": "hellaswag",
+    "hellaswag_documents": "hellaswag_documents",
     "learning_rate": "rate",
     "grad_norm": "grad_norm",
     "tokens_per_second": "tokens_per_second",

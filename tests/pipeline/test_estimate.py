@@ -1,11 +1,13 @@
 """What `pretrain --estimate` says, beside published figures and what a real step keeps."""
 
 import json
+import re
 
 import pytest
 import torch
 
-from pipeline.estimate import estimate
+from pipeline import hardware
+from pipeline.estimate import estimate, verdict
 from pipeline.pretrain import new_model
 from pipeline.recipe import Pretrain, load_recipe, parse_recipe
 
@@ -73,7 +75,37 @@ def test_the_command(cli) -> None:
     assert code == 0 and "memory of each device, of 1 A100" in out and "time: " in out
     for words, said in (
         (("--on", "Abacus"), "--on Abacus: unknown; give one of T4, V100"),
-        (("--on", "A100", "--devices", 3), "--devices 3: accumulation 8 is no multiple of it"),
+        (("--on", "A100", "--devices", 3), "accumulation 8 is no multiple of it; --set accumulation=9"),
+        (("--on", "A100", "--devices", 2, "--set", "parallel=none"), "parallel is none; --set parallel=ddp, zero1"),
     ):
         code, out, err = cli("pretrain", "--estimate", "--recipe", "gpt2-124M", *words)
         assert (code, out, err.count("\n")) == (2, "", 1) and said in err
+    advised = ("--on", "A100", "--devices", 3, "--set", "accumulation=9")
+    assert cli("pretrain", "--estimate", "--recipe", "gpt2-124M", *advised)[0] == 0
+
+
+@pytest.mark.parametrize(("name", "gib"), [("A100", 80), ("NVIDIA A100-SXM4-40GB", 40), ("NVIDIA T4", 15), ("X", None)])
+def test_memory_of_cards(name: str, gib: int | None) -> None:
+    assert hardware.memory(name) == (gib and gib << 30)
+
+
+def test_every_card_with_a_peak_has_a_memory() -> None:
+    assert hardware.MEMORIES.keys() == hardware.PEAKS.keys()
+
+
+def test_what_does_not_fit_is_said_and_the_advice_makes_it_fit(cli) -> None:
+    words = ("pretrain", "--estimate", "--recipe", "gpt2-350M", "--set", "batch_size=64", "--set", "accumulation=8")
+    for card, fits in (("H200", True), ("H100", False), ("T4", False)):
+        code, out, err = cli(*words, "--on", card)
+        assert code == 0 and ("it fits: " in out) is fits and ("IT DOES NOT FIT: " in out) is not fits, err
+    code, out, _ = cli(*words, "--on", "H100")
+    advice = out.partition("IT DOES NOT FIT: H100 has 80 GiB; ")[2].splitlines()[0].split()
+    tokens = json.loads(cli(*words, "--on", "H100", "--json")[1])["tokens"]
+    code, out, _ = cli(*words, "--on", "H100", *advice)
+    assert code == 0 and "it fits: H100 has 80 GiB" in out and f"{tokens:,} tokens" in out
+    double = [re.sub(r"(batch_size=)(\d+)", lambda found: found[1] + str(2 * int(found[2])), word) for word in advice]
+    assert "IT DOES NOT FIT" in cli(*words, "--on", "H100", *double)[1]  # nor was it more than needed
+    huge = {"n_layer": 48, "n_head": 64, "head_dim": 64, "n_positions": 33, "vocab_size": 280}
+    found = estimate(small(model=huge, batch_size=1), "T4")
+    assert "; --set checkpointing=true, or more devices with parallel=fsdp" in verdict(found)
+    assert "is not known" in verdict(estimate(small(peak_tflops=3), "Abacus"))

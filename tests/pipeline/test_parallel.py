@@ -42,7 +42,7 @@ def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[processes.Forks]
 @pytest.fixture(scope="module")
 def shards(tiny_texts: dict[str, Path], tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("data") / "shards"
-    prepare([str(tiny_texts["train"])], out, tiny_folder, workers=1, shard_tokens=2000, validation_every=0)
+    prepare([str(tiny_texts["train"])], out, tiny_folder, workers=1, shard_tokens=2000, validation_share=0)
     return out
 
 

@@ -1,11 +1,14 @@
 """A corpus to shards: what is in them, that neither processes nor kills change a byte, and what is refused."""
 
+import itertools
 import json
 import lzma
 import multiprocessing
 import os
 import signal
 import sqlite3
+import struct
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,9 +17,11 @@ from typing import Any
 import pytest
 from prose import prose
 
-from eval.errors import UserError
+from eval.errors import UserError, WorkError
 from pipeline import prepare as module
+from pipeline import tokenizing
 from pipeline.artifacts import sha256_file, sha256_tree
+from pipeline.cli import main
 from pipeline.journal import FATES, Journal
 from pipeline.prepare import prepare
 from pipeline.shards import find_shards
@@ -56,7 +61,7 @@ KEPT = [*DOCUMENTS[:52], "déjà vu", *DOCUMENTS[52:]]
 
 def make(inputs: Path | list[str], out: Path, tokenizer: Path, workers: int = 1, **changes: Any) -> dict[str, Any]:
     names = inputs if isinstance(inputs, list) else [str(inputs)]
-    choices = {"shard_tokens": 1000, "validation_every": 9} | changes
+    choices = {"shard_tokens": 1000, "validation_share": 0.1} | changes
     return prepare(names, out, tokenizer, workers=workers, **choices)
 
 
@@ -72,16 +77,29 @@ def expected(documents: list[str], tokenizer: Any) -> list[int]:
     return [token for text in documents for token in [*tokenizer(text).input_ids, tokenizer.eos_token_id]]
 
 
+def shared_out(sizes: list[int], share: float, limit: int) -> list[bool]:
+    """Which documents are held out: one whenever fewer tokens are than should be, if there is room for it."""
+    held_out: list[bool] = []
+    for number, size in enumerate(sizes):
+        so_far = sum(size for size, held in zip(sizes, held_out, strict=False) if held)
+        due_after = 1.5 * share * sum(sizes[: number + 1])
+        held_out.append(so_far < share * sum(sizes[:number]) and so_far + size <= min(due_after, limit))
+    return held_out
+
+
 def test_what_the_shards_hold(corpus: Path, tokenizer: Path, tiny_tokenizer: Any, tmp_path: Path) -> None:
     out = tmp_path / "out"
     manifest = make(corpus, out, tokenizer)
-    held_out, rest = [], []
-    for number, text in enumerate(KEPT):
-        full = len(expected([*held_out, text], tiny_tokenizer)) > 1000
-        (held_out if number % 9 == 0 and not full else rest).append(text)
-    assert tokens(out, "val") == expected(held_out, tiny_tokenizer) and held_out
+    held = shared_out([len(expected([text], tiny_tokenizer)) for text in KEPT], 0.1, 1000)
+    held_out, rest = (
+        [text for text, is_held in zip(KEPT, held, strict=True) if is_held is side] for side in (True, False)
+    )
+    assert tokens(out, "val") == expected(held_out, tiny_tokenizer)
     assert tokens(out, "train") == expected(rest, tiny_tokenizer)
-    assert {shard.tokens for shard in find_shards(out, "train")[:-1]} == {1000}
+    places = [number for number, is_held in enumerate(held) if is_held]
+    assert places[0] < 20 and places[-1] >= 40 and 0.05 < len(tokens(out, "val")) / manifest["tokens"] < 0.15
+    assert {shard.tokens for shard in find_shards(out, "train")[:-2]} == {1000}
+    assert min(shard.tokens for shard in find_shards(out, "train")) >= 500
 
     assert json.loads((out / "manifest.json").read_text()) == manifest
     assert [(shard["file"], shard["split"]) for shard in manifest["shards"]][-2:][1] == ("val_000000.bin", "val")
@@ -133,6 +151,87 @@ def _written(out: Path) -> int:
     return sum(max(0, path.stat().st_size - 1024) // 2 for path in out.glob("train_*.bin"))
 
 
+@pytest.mark.parametrize(("asked", "which"), [(0, 0), (0, 1), (1, 0), (5, 1)])
+def test_a_worker_that_dies_ends_the_work_at_once_and_it_goes_on(
+    asked: int, which: int, corpus: Path, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed as it starts, before its first answer, or later; whichever is waited for."""
+    make(corpus, tmp_path / "whole", tokenizer)
+    out, started, count = tmp_path / "out", [], itertools.count()
+    start, ask = tokenizing._Worker.__init__, tokenizing._Worker.ask
+
+    def starting(self: Any, *args: Any) -> None:
+        start(self, *args)
+        started.append(self.process)
+        if asked == 0 and len(started) == which + 1:
+            self.process.kill()
+
+    def asking(self: Any, documents: list[bytes]) -> Any:
+        if next(count) == 2 * asked and asked:
+            started[min(which, len(started) - 1)].send_signal(signal.SIGKILL)
+        return ask(self, documents)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tokenizing._Worker, "__init__", starting)
+        patch.setattr(tokenizing._Worker, "ask", asking)
+        with pytest.raises(WorkError, match=r"a tokenising process was ended from outside .*run the same command"):
+            make(corpus, out, tokenizer, workers=2)
+    assert all(process.returncode is not None for process in started)
+    make(corpus, out, tokenizer, workers=2)
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_what_a_worker_cannot_do_is_one_line(corpus: Path, tokenizer: Path, tmp_path: Path) -> None:
+    how = tokenizing.How(str(tmp_path / "none.json"), 0, "after", "plain")
+    with pytest.raises(WorkError, match=r"a text cannot be tokenised: .*No such file"):
+        list(tokenizing.encoded([(None, [b"text"])], how, 1))
+    assert list(tokenizing.encoded([], how, 3)) == []
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "count"),
+    [(signal.SIGINT, 130, 1), (signal.SIGINT, 130, 2), (signal.SIGTERM, -signal.SIGTERM, 2)],
+)
+def test_told_to_end_it_leaves_nobody_behind(
+    number: signal.Signals, code: int, count: int, corpus: Path, tokenizer: Path, tmp_path: Path
+) -> None:
+    """To the whole group, as a terminal's Ctrl-C; while workers start, which takes them some tenths of a second."""
+    pids, errors, start = tmp_path / "pids", tmp_path / "stderr", tokenizing._Worker.__init__
+    words = ["data", "prepare", corpus, "--tokenizer", tokenizer, "--workers", 2, "--out", tmp_path / "out"]
+
+    def started(self: Any, *args: Any) -> None:
+        start(self, *args)
+        with pids.open("a") as file:
+            file.write(f"{self.process.pid}\n")
+
+    def work() -> None:
+        os.setsid()
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would ignore it
+        os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT), 2)
+        sys.stderr, sys.argv = open(2, "w", buffering=1, closefd=False), ["pipeline", *map(str, words)]  # noqa: SIM115
+        tokenizing._Worker.__init__ = started  # type: ignore[method-assign]
+        main()
+
+    fork: Any = multiprocessing.get_context("fork")
+    process = fork.Process(target=work)
+    process.start()
+    while not pids.exists() or pids.read_text().count("\n") < count:
+        assert process.is_alive()
+        time.sleep(0.001)
+    os.killpg(process.pid, number)
+    process.join()
+    err = errors.read_text()
+    assert process.exitcode == code and "Traceback" not in err
+    if number == signal.SIGINT:
+        assert err.splitlines()[-1] == "interrupted; run the same command to resume"
+    while any(Path(f"/proc/{pid}").exists() for pid in pids.read_text().split()):
+        time.sleep(0.01)  # they end by themselves, or this test hangs
+    choices: dict[str, Any] = {"shard_tokens": 100_000_000, "validation_share": None}
+    make(corpus, tmp_path / "whole", tokenizer, **choices)
+    make(corpus, tmp_path / "out", tokenizer, **choices)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
 def test_broken_off_around_each_commit(
     corpus: Path, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -171,7 +270,7 @@ def test_a_streamed_dataset_resumes_too(
         rows = [*DOCUMENTS[10 * number : 10 * number + 11], ""]
         (folder / f"train-{number}.jsonl").write_text("\n".join(json.dumps({"text": row}) for row in rows))
     inputs = [f"hub:{folder}:train"]
-    whole = make(inputs, tmp_path / "whole", tokenizer, validation_every=0)
+    whole = make(inputs, tmp_path / "whole", tokenizer, validation_share=0)
     assert tokens(tmp_path / "whole", "train") == expected(DOCUMENTS[:31], tiny_tokenizer)
     (given,) = whole["inputs"]
     assert (given["documents"], given["duplicates"], given["empty"]) == (36, 2, 3)
@@ -185,8 +284,8 @@ def test_a_streamed_dataset_resumes_too(
 
     monkeypatch.setattr(Journal, "commit", broken)
     with pytest.raises(KeyboardInterrupt):
-        make(inputs, tmp_path / "out", tokenizer, validation_every=0)
-    assert make(inputs, tmp_path / "out", tokenizer, validation_every=0) == whole
+        make(inputs, tmp_path / "out", tokenizer, validation_share=0)
+    assert make(inputs, tmp_path / "out", tokenizer, validation_share=0) == whole
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
@@ -200,14 +299,14 @@ def test_small_files_share_a_batch(tokenizer: Path, tmp_path: Path, monkeypatch:
         (folder / f"{number:03d}.txt").write_text(document)
     (tmp_path / "one.txt").write_text(MARK.join(DOCUMENTS))
     manifest = make(folder, tmp_path / "out", tokenizer)
-    assert commits == [0, 60] and [given["kept"] for given in manifest["inputs"]] == [1] * 60
+    assert commits == [0, 60, 60] and [given["kept"] for given in manifest["inputs"]] == [1] * 60
     assert make(tmp_path / "one.txt", tmp_path / "out1", tokenizer)["shards"] == manifest["shards"]
 
 
 def test_wikitext_style(tokenizer: Path, tiny_tokenizer: Any, tmp_path: Path) -> None:
     text = "A title\nPlain prose, well-known (1,000 words).\n"
     (tmp_path / "a.txt").write_text(f"{text}{MARK}only a title")
-    manifest = make(tmp_path / "a.txt", tmp_path / "out", tokenizer, style="wikitext", validation_every=0)
+    manifest = make(tmp_path / "a.txt", tmp_path / "out", tokenizer, style="wikitext", validation_share=0)
     assert tokens(tmp_path / "out", "train") == expected(list(styled_documents(text)), tiny_tokenizer)
     assert manifest["empty"] == 1
 
@@ -252,11 +351,128 @@ def test_a_finished_folder(corpus: Path, tokenizer: Path, tmp_path: Path) -> Non
         module.prepared_shards(out, "train")
 
 
-@pytest.mark.parametrize("content", [b"", b" \n", MARK.encode() * 3, b"\xff\xfe", b"one document, held out"])
-def test_nothing_to_train_on(content: bytes, tokenizer: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("content", [b"", b" \n", MARK.encode() * 3, b"\xff\xfe"])
+@pytest.mark.parametrize("there", [False, True])
+def test_nothing_to_train_on_leaves_the_folder_as_it_was(
+    content: bytes, there: bool, corpus: Path, tokenizer: Path, tmp_path: Path
+) -> None:
     (tmp_path / "a.txt").write_bytes(content)
-    with pytest.raises(UserError, match="all documents were held out or left out"):
-        make(tmp_path / "a.txt", tmp_path / "out", tokenizer)
+    out = tmp_path / "new" / "out"
+    if there:
+        out.mkdir(parents=True)
+        (out / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"a\.txt: no document is left \(\d empty, \d not UTF-8 text\); give text"):
+        make(tmp_path / "a.txt", out, tokenizer)
+    assert [path.name for path in out.iterdir()] == ["notes.txt"] if there else not out.parent.exists()
+    make(corpus, out, tokenizer)
+    assert tokens(out, "train")
+
+
+def test_other_choices_after_a_kill_before_the_first_token(corpus: Path, tokenizer: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    make(corpus, tmp_path / "whole", tokenizer, end_of_text="before")
+    out.mkdir()
+    Journal(out, {"inputs": [1, 2], "style": "plain"}).close()
+    (out / "train_000000.bin").write_bytes(b"what a kill left")
+    make(corpus, out, tokenizer, end_of_text="before")
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("length", [40, 3000, 30_000])
+@pytest.mark.parametrize("order", ["after", "before"])
+def test_one_text_is_held_out_from_its_end(
+    length: int, order: Any, tokenizer: Path, tiny_tokenizer: Any, tmp_path: Path
+) -> None:
+    """About the last tenth, from a line on, as nanoGPT's preparation does."""
+    text = prose(3, 400)[:length].strip()
+    (tmp_path / "a.txt").write_text(text)
+    manifest = make(tmp_path / "a.txt", tmp_path / "out", tokenizer, shard_tokens=10**6, validation_share=None,
+                    end_of_text=order)  # fmt: skip
+    train, val = tokens(tmp_path / "out", "train"), tokens(tmp_path / "out", "val")
+    ids = tiny_tokenizer(text).input_ids
+    assert train + val == ([*ids, 0] if order == "after" else [0, *ids])
+    assert 0.05 * len(ids) - 1 <= len(val) <= 0.1 * len(ids) + 1
+    assert manifest["tokens"] == len(ids) + 1 and val
+    assert length == 40 or tiny_tokenizer.decode(train).endswith("\n")
+
+
+def test_a_long_text_is_cut_and_held_out_from_its_end(
+    tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.corpus.LONGEST", 2000)
+    (tmp_path / "a.txt").write_text(prose(3, 60))
+    make(tmp_path / "a.txt", tmp_path / "none", tokenizer, shard_tokens=10**6, validation_share=0)
+    for share, low in ((0.01, 0.005), (0.5, 0.25)):
+        out = tmp_path / f"out{share}"
+        made = make(tmp_path / "a.txt", out, tokenizer, shard_tokens=10**6, validation_share=share)["tokens"]
+        assert low * made <= len(tokens(out, "val")) <= 1.5 * share * made
+        assert len(tokens(out, "train")) + len(tokens(out, "val")) == len(tokens(tmp_path / "none", "train"))
+    assert not tokens(tmp_path / "none", "val")
+    limited = make(tmp_path / "a.txt", tmp_path / "limited", tokenizer, shard_tokens=100, validation_share=0.5)
+    assert [shard["tokens"] for shard in limited["shards"] if shard["split"] == "val"] in ([100], [*range(50, 100)])
+
+
+@pytest.mark.parametrize("moment", ["before", "after", "train", "val"])
+def test_broken_off_as_its_end_is_held_out(
+    moment: str, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.txt").write_text(prose(3, 60))
+    how: dict[str, Any] = {"shard_tokens": 400, "validation_share": 0.05}
+    make(tmp_path / "a.txt", tmp_path / "whole", tokenizer, **how)
+    commit, finish = Journal.commit, module.ShardWriter.finish
+
+    def committing(journal: Journal) -> None:
+        if journal.state.complete and moment == "before":
+            raise KeyboardInterrupt
+        commit(journal)
+        if journal.state.complete and moment == "after":
+            raise KeyboardInterrupt
+
+    def finishing(writer: Any, count: int) -> None:
+        finish(writer, count)
+        if writer.split == moment:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "commit", committing)
+        patch.setattr(module.ShardWriter, "finish", finishing)
+        with pytest.raises(KeyboardInterrupt):
+            make(tmp_path / "a.txt", tmp_path / "out", tokenizer, **how)
+    make(tmp_path / "a.txt", tmp_path / "out", tokenizer, **how)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole") and tokens(tmp_path / "out", "val")
+
+
+def test_too_little_to_hold_out(tokenizer: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("hi")
+    manifest = make(tmp_path / "a.txt", tmp_path / "out", tokenizer, validation_share=None)
+    assert [shard["split"] for shard in manifest["shards"]] == ["train"]
+    assert "too little text to hold any out" in module.summary(manifest)
+    none = make(tmp_path / "a.txt", tmp_path / "out0", tokenizer, validation_share=0)
+    assert "too little" not in module.summary(none)
+
+
+def test_what_is_due_grows_slower_from_ten_million_tokens_on() -> None:
+    due = [round(module._due(tokens, None)) for tokens in (10, 10**6, 10**7, 3 * 10**7, 10**10)]
+    assert due == [1, 10**5, 10**6, 1_100_000, 50_950_000]
+    assert module._due(10**10, 0.3) == 3 * 10**9
+
+
+def test_llm_cs_bytes(tokenizer: Path, tiny_tokenizer: Any, tmp_path: Path) -> None:
+    """What dev/data/fineweb.py writes of the same documents: a mark, then the text's tokens, over and over."""
+    (tmp_path / "a.txt").write_text(MARK.join(DOCUMENTS))
+    for order, chosen in (("before", {"end_of_text": "before"}), ("after", {})):
+        out = tmp_path / order
+        manifest = make(tmp_path / "a.txt", out, tokenizer, shard_tokens=10**6, validation_share=0, **chosen)
+        ids: list[int] = []
+        for document in DOCUMENTS:
+            text = tiny_tokenizer(document).input_ids
+            ids += [0, *text] if order == "before" else [*text, 0]
+        header = [20240520, 1, len(ids), *[0] * 253]
+        by_hand = struct.pack("<256i", *header) + struct.pack(f"<{len(ids)}H", *ids)
+        assert (out / "train_000000.bin").read_bytes() == by_hand
+        assert manifest["end_of_text"] == order
+    with pytest.raises(UserError, match="other end_of_text"):
+        make(tmp_path / "a.txt", out, tokenizer, shard_tokens=10**6, validation_share=0, end_of_text="before")
 
 
 def test_tokenizers_that_will_not_do(tiny_folder: Path, corpus: Path, tmp_path: Path) -> None:
@@ -289,11 +505,17 @@ def test_the_command(cli: Any, corpus: Path, tokenizer: Path, tmp_path: Path) ->
     assert (code, json.loads(stdout)["kept"], err) == (0, 61, "")
     for extra, said in (
         (("--style", "latin"), "--style latin: give plain or wikitext"),
-        (("--shard-tokens", 2**31), "a shard can hold 1 to 2147483647 tokens"),
+        (("--shard-tokens", 2**31), "a shard can hold 1 to 1073741311 tokens"),
         (("--tokenizer", "./nowhere"), "nowhere: no such folder"),
         ((tmp_path / "no.txt",), "no.txt: No such file"),
+        (("--end-of-text", "both"), "--end-of-text both: give after or before"),
+        (("--validation-share", 0.51), "--validation-share 0.51: give a share from 0 to 0.5"),
+        (("--validation-share", "nan"), "--validation-share nan: give a share"),
+        (("--validation-every", 200), "give --validation-share, such as 0.005"),
+        (("--workers", 10**6), "--workers 1000000: more than this machine can use; give at most "),
     ):
         code, stdout, err = cli(*words, tmp_path / "out2", *extra)
         assert (code, stdout, err.count("\n")) == (2, "", 1) and err.startswith("error: ") and said in err
+        assert not (tmp_path / "out2").exists()
     code, stdout, err = cli("data", "prepare", "--help")
     assert code == 0 and stdout.startswith("Usage: ")

@@ -3,6 +3,7 @@
 import json
 import lzma
 import math
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from forks import holder
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -122,7 +124,7 @@ def test_a_cut_off_training_goes_on_to_the_same_weights(
 def shards(files: list[Path], tiny_folder: Path, tmp_path: Path) -> Path:
     """The same text prepared, by a tokenizer of 269 tokens: about 40 blocks of 101 to train on."""
     out = tmp_path / "shards"
-    prepare([str(path) for path in files], out, tiny_folder, workers=1, shard_tokens=2000, validation_every=4)
+    prepare([str(path) for path in files], out, tiny_folder, workers=1, shard_tokens=2000, validation_share=0.25)
     return out
 
 
@@ -140,7 +142,7 @@ def test_a_training_on_shards_walks_their_order_and_resumes_in_any_epoch(
         seen.extend(batch["input_ids"].tolist())
         return batch
 
-    choices = on_shards(shards, steps=24, eval_steps=1000)
+    choices = on_shards(shards, steps=22, eval_steps=1000)
     with monkeypatch.context() as patch:
         patch.setattr("pipeline.pretrain.collate", recording)
         whole = pretrain(choices, [], tmp_path / "whole", None)
@@ -149,7 +151,7 @@ def test_a_training_on_shards_walks_their_order_and_resumes_in_any_epoch(
     for epoch in range(3):
         blocks.set_epoch(epoch)
         wanted += [blocks[index]["input_ids"].tolist() for index in range(len(blocks))]
-    assert 2 * len(blocks) < 24 * 6 and seen[: 24 * 6] == wanted[: 24 * 6]  # into the third epoch
+    assert 2 * len(blocks) < 22 * 6 and seen[: 22 * 6] == wanted[: 22 * 6]  # into the third epoch
 
     original = Trainer.train
     steps_an_epoch = -(-len(blocks) // 6)
@@ -218,7 +220,7 @@ def test_attention_runs_by_the_kernel_that_is_asked_for(
 ) -> None:
     pretrain(on_shards(shards, attention="flash"), [], tmp_path / "out", None)
     assert "; attention by flash_attention" in capfd.readouterr().err
-    with sdpa_kernel(SDPBackend.MATH), pytest.raises(UserError, match="SDPA chose math on cpu; set attention=any"):
+    with sdpa_kernel(SDPBackend.MATH), pytest.raises(UserError, match="SDPA chose math on cpu; --set attention=any"):
         pretrain(on_shards(shards, attention="flash"), [], tmp_path / "other", None)
 
 
@@ -229,7 +231,7 @@ def test_shards_of_llm_c_with_a_tokenizer_beside(shards: Path, validation: str, 
     for number, path in enumerate(sorted(shards.glob("train_*.bin"))):
         shutil.copy(path, foreign / f"fineweb_train_{number:06d}.bin")
     choices = on_shards(foreign, steps=5)
-    with pytest.raises(UserError, match="no val shard holds a block of 101 tokens; set validation to a text"):
+    with pytest.raises(UserError, match="no val shard holds a block of 101 tokens; --set validation=FILE"):
         pretrain(choices, [], tmp_path / "out", None)
     pretrain(choices, [], tmp_path / "out", validation)
     moved = foreign.rename(tmp_path / "moved")
@@ -243,8 +245,11 @@ def test_shards_that_do_not_fit(shards: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     small = recipe(shards=str(shards), model=CHOICES["model"] | {"vocab_size": 268})
     for choices, said in (
-        (small, "its tokenizer has 269 tokens; set model.vocab_size to that, not 268"),
-        (on_shards(shards, style="wikitext"), "prepared with --style plain, but the recipe's style is wikitext"),
+        (small, "its tokenizer has 269 tokens, model.vocab_size is 268; --set model.vocab_size=269"),
+        (
+            on_shards(shards, style="wikitext"),
+            "prepared with --style plain, but the recipe's style is wikitext; --set style=plain",
+        ),
         (on_shards(tmp_path / "nowhere"), "nowhere/tokenizer: no usable tokenizer"),
         (
             recipe(shards=str(shards), model=CHOICES["model"] | {"n_positions": 3000, "vocab_size": 280}),
@@ -255,9 +260,9 @@ def test_shards_that_do_not_fit(shards: Path, tmp_path: Path) -> None:
             pretrain(choices, [], out, None)
         assert "\n" not in str(caught.value)
     assert not (out / "pretrain.json").exists()
-    path = shards / "train_000001.bin"
+    path = shards / "train_000000.bin"
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(UserError, match=r"train_000001\.bin: the header says 2000 tokens, the file holds 1999\.5"):
+    with pytest.raises(UserError, match=r"train_000000\.bin: the header says 2000 tokens, the file holds 1999\.5"):
         pretrain(on_shards(shards), [], out, None)
 
 
@@ -277,7 +282,7 @@ def test_the_length_may_change_nothing_else(files: list[Path], validation: str, 
     ("text", "said"),
     [
         ("", "empty"),
-        ("short", "the text yields only .* tokens"),
+        ("short", "the text yields a vocabulary of .* tokens only"),
         (b"\x00\x01\x02", "NUL"),
     ],
 )
@@ -318,20 +323,82 @@ def test_out_is_a_file(files: list[Path], validation: str, tmp_path: Path) -> No
 
 def test_a_training_that_diverges(files: list[Path], validation: str, tmp_path: Path) -> None:
     wild = recipe(muon_learning_rate=1e30, adam_learning_rate=1e30)
-    with pytest.raises(WorkError, match=r"pretrain: .*; lower the learning rate"):
+    with pytest.raises(WorkError, match=r"pretrain: .*; lower the learning rate and give another --out"):
         pretrain(wild, files, tmp_path / "out", validation)
     assert not (tmp_path / "out" / "model").exists()
 
 
-def test_the_command(cli, files: list[Path], tiny_texts: dict[str, Path], tmp_path: Path) -> None:
-    import yaml
+@pytest.mark.parametrize(
+    ("changes", "kind", "said"),
+    [
+        ({"style": "wikitext", "model": CHOICES["model"] | {"vocab_size": 300}}, "line", "wikitext keeps no document"),
+        ({"model": CHOICES["model"] | {"vocab_size": 8192}}, "text", "yields a vocabulary of"),
+        ({"model": CHOICES["model"] | {"n_positions": 9000}}, "line", "fewer than one block of 9000"),
+        ({}, "shards", "its tokenizer has 269 tokens"),
+        (
+            {"model": CHOICES["model"] | {"vocab_size": 269}, "style": "wikitext"},
+            "shards",
+            "prepared with --style plain",
+        ),
+        ({"model": CHOICES["model"] | {"vocab_size": 269}}, "train", "no val shard holds a block"),
+    ],
+)
+def test_what_is_advised_works_in_the_same_folder(
+    changes: dict[str, Any], kind: str, said: str, cli: Any, shards: Path, files: list[Path],
+    tiny_texts: dict[str, Path], tmp_path: Path
+) -> None:  # fmt: skip
+    choices = CHOICES | {"steps": 1, "warmup_steps": 0, "decay_steps": 0, "accumulation": 1} | changes
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(choices))
+    line, judge = tmp_path / "line.txt", tmp_path / "judge.txt"
+    line.write_text(" ".join(files[0].read_text().replace(DOCUMENT_MARK, "").split())[:3000])
+    judge.write_text(tiny_texts["evaluation"].read_text() * 5)
+    for path in shards.glob("val*") if kind == "train" else ():
+        path.unlink()
+    if kind == "train":
+        (shards / "manifest.json").unlink()
+    given = {"line": ("--text", line), "text": ("--text", files[0])}.get(kind, ("--set", f"shards={shards}"))
+    judged = () if kind == "train" else ("--set", f"validation={judge}")
+    words = ("pretrain", "--recipe", tmp_path / "r.yaml", *given, *judged, "--out", tmp_path / "out")
+    code, _, err = cli(*words)
+    assert code == 2 and said in err and err.splitlines()[-1].startswith("error: ")
+    advised: list[str] = []
+    while code == 2 and len(advised) < 3:
+        advised += re.findall(r"--set (\S+?)[,;]?(?:\s|$)", err)[-1:]
+        changed = [word for advice in advised for word in ("--set", advice.replace("FILE", str(judge)))]
+        code, _, err = cli(*words, *changed)
+    assert code == 0, (advised, err)
 
+
+def test_less_than_a_step_of_blocks(tiny_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """One block to train on, one to judge by, a batch of many."""
+    (tmp_path / "a.txt").write_text("the cat sat on the mat. " * 20)
+    prepare(
+        [str(tmp_path / "a.txt")], tmp_path / "shards", tiny_folder, workers=1, shard_tokens=999, validation_share=0.4
+    )
+    held = find_shards(tmp_path / "shards", "val")[0].tokens
+    choices = {"shards": str(tmp_path / "shards"), "eval_blocks": 1000, "batch_size": 7}
+    fits = recipe(**choices, model=CHOICES["model"] | {"n_positions": held, "vocab_size": 269})
+    pretrain(fits, [], tmp_path / "out", None)
+    assert (
+        f"8 steps of {held} tokens (batch_size x accumulation are 14 blocks, of which there are 1)"
+        in capfd.readouterr().err
+    )
+    assert curve(tmp_path / "out")[-1]["step"] == 8
+    longer = recipe(**choices, model=CHOICES["model"] | {"n_positions": held + 1, "vocab_size": 269})
+    with pytest.raises(UserError, match="no val shard holds a block"):
+        pretrain(longer, [], tmp_path / "out2", None)
+
+
+def test_the_command(cli, files: list[Path], tiny_texts: dict[str, Path], tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(CHOICES | {"validation": str(tiny_texts["evaluation"])}))
     words = ("--text", *files)
     code, stdout, err = cli("pretrain", "--recipe", path, *words, "--out", tmp_path / "out", "--set", "steps=6")
     assert (code, stdout) == (0, f"Model: {tmp_path / 'out' / 'model'}\n"), err
     assert "pretrain: step 6/6" in err
+    code, _, err = cli("pretrain", "--recipe", path, *words, "--out", tmp_path / "out", "--set", "steps=7")
+    assert code == 0 and "pretrain: step 7/7" in err  # resumed: no library has anything to say
+    assert [line for line in err.splitlines() if not line.startswith("pretrain: ")] == []
     code, stdout, err = cli("pretrain", "--recipe", path, *words, "--out", tmp_path / "out", "--set", "seed=9")
     assert (code, stdout, len(err.splitlines())) == (2, "", 1) and err.startswith("error: ")
     for given in ((), (*words, "--set", "shards=somewhere")):

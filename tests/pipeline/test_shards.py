@@ -1,14 +1,17 @@
 """Shards against bytes laid out by hand; the order of blocks: one permutation, whoever walks it."""
 
+import contextlib
 import pickle
 import struct
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from eval.errors import UserError
+from pipeline import shards
 from pipeline.shards import ShardBlocks, ShardWriter, ShuffledBlocks, find_shards, open_shard, permuted
 
 
@@ -29,8 +32,11 @@ def test_written_shards_are_llm_cs_bytes(count: int, limit: int, part: int, tmp_
     writer = ShardWriter(tmp_path, "train", limit)
     for start in range(0, count, part):
         writer.add(np.array(tokens[start : start + part]))
-    writer.finish()
+    writer.finish(count)
     parts = [tokens[start : start + limit] for start in range(0, count, limit)]
+    if len(parts) > 1 and 2 * len(parts[-1]) < limit:  # the last one would be short: the last two share
+        both = parts[-2] + parts[-1]
+        parts[-2:] = both[: -(-len(both) // 2)], both[-(-len(both) // 2) :]
     assert [path.read_bytes() for path in sorted(tmp_path.iterdir())] == [by_hand(part) for part in parts]
     shards = find_shards(tmp_path, "train")
     assert [shard.read(0, shard.tokens).tolist() for shard in shards] == parts
@@ -45,10 +51,66 @@ def test_a_writer_goes_on_after_what_is_known_to_be_written(kept: int, tmp_path:
     killed.sync()
     again = ShardWriter(tmp_path, "train", 211, kept)
     again.add(np.array(tokens[kept:]))
-    again.finish()
+    again.finish(640)
     written = b"".join(path.read_bytes()[1024:] for path in sorted(tmp_path.iterdir()))
     assert written == by_hand(tokens)[1024:]
     assert sum(shard.tokens for shard in find_shards(tmp_path, "train")) == 640
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("count", "wanted"), [(640, [211, 211, 218 // 2, 218 // 2]), (633, [211] * 3), (630, [211, 211, 208])]
+)
+def test_finishing_killed_at_any_instant_ends_the_same(
+    count: int, wanted: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At each call that puts something onto the disk, before and after it; more was written than is wanted."""
+    tokens = random_tokens(900)
+    places = {"fsync": shards.os, "replace": Path, "unlink": Path, "open": Path}
+    for stop in range(60):
+        folder = tmp_path / str(stop)
+        folder.mkdir()
+        writer = ShardWriter(folder, "train", 211)
+        writer.add(np.array(tokens))
+        writer.sync()
+        left = stop
+
+        def dying(original: Any) -> Any:
+            def call(*args: Any, **kwargs: Any) -> Any:
+                nonlocal left
+                left -= 1
+                if left == 0:
+                    raise Killed
+                return original(*args, **kwargs)
+
+            return call
+
+        with monkeypatch.context() as patch, contextlib.suppress(Killed):
+            for name, place in places.items():
+                patch.setattr(place, name, dying(getattr(place, name)))
+            writer.finish(count)
+        ShardWriter(folder, "train", 211, count).finish(count)
+        found = find_shards(folder, "train")
+        assert [shard.tokens for shard in found] == wanted, stop
+        assert np.concatenate([shard.read(0, shard.tokens) for shard in found]).tolist() == tokens[:count]
+    assert left > 0  # the last ones were not killed
+
+
+def test_a_shard_that_was_cut_since_is_not_filled_up_with_zeros(tmp_path: Path) -> None:
+    writer = ShardWriter(tmp_path, "train", 100)
+    writer.add(np.arange(150))
+    writer.sync()
+    path = tmp_path / "train_000001.bin"
+    path.write_bytes(path.read_bytes()[:-2])
+    for act in (lambda again: again.add(np.arange(3)), lambda again: again.finish(150)):
+        with pytest.raises(UserError, match=r"train_000001\.bin: shorter than it was; delete the folder"):
+            act(ShardWriter(tmp_path, "train", 100, 150))
+    path.unlink()
+    with pytest.raises(UserError, match=r"train_000001\.bin: missing"):
+        ShardWriter(tmp_path, "train", 100, 150).finish(150)
 
 
 def test_an_unfinished_shard_is_refused(tmp_path: Path) -> None:

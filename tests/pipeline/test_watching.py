@@ -1,6 +1,7 @@
 """What is written down of a pretraining, and what it does when it diverges."""
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,7 +32,7 @@ def shards(tiny_texts: dict[str, Path], tiny_folder: Path, tmp_path: Path) -> Pa
     out = tmp_path / "shards"
     text = tmp_path / "text.txt"
     text.write_text(tiny_texts["train"].read_text().replace("\n\n", f"\n{DOCUMENT_MARK}\n"))
-    prepare([str(text)], out, tiny_folder, workers=1, shard_tokens=2000, validation_every=4)
+    prepare([str(text)], out, tiny_folder, workers=1, shard_tokens=2000, validation_share=0.25)
     return out
 
 
@@ -79,18 +80,28 @@ def test_peaks_by_name(name: str, teraflops: float | None) -> None:
 
 def test_logs_of_one_step_are_one_point() -> None:
     history = [
-        {"step": 2, "hellaswag": 0.25},
+        {"step": 2, "hellaswag": 0.25, "hellaswag_documents": 8},
         {"step": 2, "epoch": 0.1, "loss": 3.0, "learning_rate": 0.1, "grad_norm": 2.0, "tokens_per_second": 9.0},
         {"step": 2, "epoch": 0.1, "eval_loss": 3.5, "eval_runtime": 1.0},
         {"step": 4, "train_runtime": 1.0},
     ]
-    wanted = {"step": 2, "hellaswag": 0.25, "epoch": 0.1, "loss": 3.0, "rate": 0.1, "grad_norm": 2.0}
+    wanted = {
+        "step": 2,
+        "hellaswag": 0.25,
+        "hellaswag_documents": 8,
+        "epoch": 0.1,
+        "loss": 3.0,
+        "rate": 0.1,
+        "grad_norm": 2.0,
+    }
     assert learning_curve(history) == [wanted | {"tokens_per_second": 9.0, "validation_loss": 3.5}]
 
 
-def test_all_is_watched_and_nothing_changed_by_it(shards: Path, task_data: Path, tmp_path: Path) -> None:
+def test_all_is_watched_and_nothing_changed_by_it(
+    shards: Path, task_data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     plain = pretrain(on_shards(shards), [], tmp_path / "plain", None)
-    asked = {"every": 3, "data": str(task_data)}
+    asked = {"every": 3, "data": str(task_data), "limit": 2}
     choices = on_shards(shards, hellaswag=asked, reference="fineweb-edu", peak_tflops=0.001)
     tracking = Tracking("tensorboard", tmp_path / "tracking", "tiny")
     watched = pretrain(choices, [], tmp_path / "watched", None, tracking)
@@ -98,6 +109,10 @@ def test_all_is_watched_and_nothing_changed_by_it(shards: Path, task_data: Path,
     points = {point["step"]: point for point in curve(tmp_path / "watched")}
     assert sorted(points) == [2, 3, 4, 6, 8]
     assert [step for step, point in points.items() if "hellaswag" in point] == [3, 6]
+    assert points[6]["hellaswag_documents"] == 2
+    assert re.search(
+        r"pretrain: step 6/8  hellaswag \d\S+ ± \d\S+ \(the first 2 of 5 documents\)", capfd.readouterr().err
+    )
     assert [step for step, point in points.items() if "validation_loss" in point] == [4, 8]
     for point in json.loads((tmp_path / "watched" / "curve.json").read_text()):
         assert point["grad_norm"] > 0 and point["tokens_per_second"] > 0
