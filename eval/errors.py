@@ -18,3 +18,8 @@ class WorkError(Exception):
 def reason(error: BaseException) -> str:
     """The first line of what an error says; the name of its type where it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def shown(text: str, most: int = 200) -> str:
+    """A text as messages quote it: not all of a long one."""
+    return text if len(text) <= most else f"{text[:most]}... ({len(text):,} characters)"

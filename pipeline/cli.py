@@ -69,9 +69,10 @@ def run(
     as_json: Json = False,
 ) -> Any:
     """The whole chain: every stage, every measurement, the table and the report. Interrupted, it resumes."""
+    choices = _recipe(recipe, set, out)
     from pipeline.runner import RESULTS, Runner
 
-    results = Runner(_recipe(recipe, set, out), out, track=track).execute(until=until, force=force or [])
+    results = Runner(choices, out, track=track).execute(until=until, force=force or [])
     if as_json:
         print((out / RESULTS).read_text(encoding="utf-8"))
     else:
@@ -83,9 +84,10 @@ def run(
 def _stage(
     name: str, out: Path, recipe: str | None, changes: list[str] | None, force: bool, track: str = "none"
 ) -> Any:
+    choices = _recipe(recipe, changes, out)
     from pipeline.runner import Runner
 
-    results = Runner(_recipe(recipe, changes, out), out, track=track).stage(name, force=force)
+    results = Runner(choices, out, track=track).stage(name, force=force)
     if results.rows:
         _print_table(results)
     return results
@@ -150,10 +152,13 @@ def sweep(
     as_json: Json = False,
 ) -> Any:
     """All combinations of the grids: stages shared, results in one table and figure. Interrupted, it resumes."""
-    from pipeline.sweep import expand, plain, report
+    from pipeline.grids import expand
+
+    points = expand(recipe, grid, set or [])
+    from pipeline.sweep import plain, report
     from pipeline.sweep import sweep as work
 
-    outcomes = work(expand(recipe, grid, set or []), out, launcher=launcher, workers=workers)
+    outcomes = work(points, out, launcher=launcher, workers=workers)
     print(json.dumps(list(plain(outcomes))) if as_json else f"{report(outcomes)}\n\nTable and figure: {out}/sweep.*")
     failed = [outcome for outcome in outcomes if outcome.failure]
     if failed:
@@ -479,11 +484,7 @@ def pretrain(
     The presets gpt2-124M and gpt2-350M want shards of GPT-2's tokens. parallel is none, ddp, zero1 or fsdp. A step
     takes batch_size x accumulation blocks on any number of processes, and a checkpoint fits any number of them.
     """
-    from pipeline.pretrain import pretrain as train
     from pipeline.recipe import Pretrain, load_recipe
-    from pipeline.texts import load_text
-    from pipeline.tracking import Tracking
-    from pipeline.training import is_main_process
 
     choices = load_recipe(Pretrain, recipe, set or [])
     if estimate:
@@ -496,6 +497,11 @@ def pretrain(
     files = [*([text] if text else []), *(more or [])]
     if bool(files) == bool(choices.shards):
         raise UserError("pretrain: give either --text FILES or --set shards=FOLDER (see data prepare)")
+    from pipeline.pretrain import pretrain as train
+    from pipeline.texts import load_text
+    from pipeline.tracking import Tracking
+    from pipeline.training import is_main_process
+
     validation = choices.validation or ("embedded:valid" if files else None)
     tracking = Tracking(track, out / "tracking", choices.name)
     folder = train(choices, files, out, load_text(validation) if validation else None, tracking)
@@ -526,15 +532,16 @@ def scaling(
     The law is L(N, D) = E + A/N^alpha + B/D^beta (Hoffmann et al. 2022, approach 3), with bootstrap intervals, the
     compute frontier, and where to stop trusting them. Interrupted, it resumes; sizes and budgets may be added later.
     """
-    from pipeline import hardware
     from pipeline.recipe import Scaling, load_recipe
-    from pipeline.scaling import scaling as work
-    from plots.scaling import markdown
 
     choices = load_recipe(Scaling, recipe, set or [])
     files = [*([text] if text else []), *(more or [])]
     if files and choices.pretrain.shards:
         raise UserError("scaling: give either --text FILES or --set pretrain.shards=FOLDER (see data prepare)")
+    from pipeline import hardware
+    from pipeline.scaling import scaling as work
+    from plots.scaling import markdown
+
     at_a_time = workers or (1 if hardware.gpu() else hardware.cpu()["cores"])
     record = work(choices, files, out, workers=at_a_time)
     print(json.dumps(record) if as_json else f"{markdown(record)}\nTable and figure: {out}/scaling.*")

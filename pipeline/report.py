@@ -17,6 +17,7 @@ from plots.table import text_table as table
 
 __all__ = ["markdown_table", "table", "templates", "write_comparison", "write_report"]
 
+REPORTS = ("report.md", "report.html")
 _TEMPLATES = Path(__file__).parent / "templates"
 _PARTS = ("recipe", "machine", "versions")
 _CAPTIONS = {
@@ -51,7 +52,7 @@ def write_report(run_folder: Path) -> Path:
     drawn = draw_all(results, run_folder / "plots")
     environment = templates()
     facts = _facts(results, {path.stem: path for path in drawn if path.suffix == ".svg"})
-    for name in ("report.md", "report.html"):
+    for name in REPORTS:
         save_text(environment.get_template(f"{name}.j2").render(facts), run_folder / name)
     return run_folder / "report.html"
 
