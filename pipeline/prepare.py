@@ -16,9 +16,9 @@ from typing import Any
 
 from eval.errors import UserError
 from eval.results import save_json
-from pipeline.artifacts import RunFolder, disk_errors, replace_folder, sha256_file
+from pipeline.artifacts import RunFolder, disk_errors, refuse_strangers, replace_folder, sha256_file
 from pipeline.corpus import Source, sources
-from pipeline.journal import DUPLICATE, FATES, KEPT, SPLITS, STATE, Journal, State, check_same, damaged
+from pipeline.journal import DUPLICATE, FATES, KEPT, SPLITS, STATE, Journal, State, begun_here, check_same, damaged
 from pipeline.shards import MOST_TOKENS, Shard, ShardWriter, find_shards, open_shard
 from pipeline.tokenizer import load_tokenizer
 from pipeline.tokenizing import BAD_ENCODING, EMPTY, Style, encoded
@@ -51,6 +51,8 @@ def prepare(
     if not 1 <= shard_tokens <= MOST_TOKENS:
         raise UserError(f"--shard-tokens {shard_tokens}: a shard can hold 1 to {MOST_TOKENS} tokens")
     partial = out / f".{TOKENIZER}.partial"
+    if not (begun_here(out / STATE) or ((out / MANIFEST).is_file() and find_shards(out, "train"))):
+        refuse_strangers(out, (TOKENIZER, STATE, MANIFEST), "preparation")
     with RunFolder(out).locked(), disk_errors(out), contextlib.ExitStack() as stack:
         stack.callback(shutil.rmtree, partial, ignore_errors=True)
         corpus = sources(inputs)

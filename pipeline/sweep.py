@@ -1,5 +1,6 @@
 """Many runs that differ in a few choices: stages are shared, made in parallel, and measured one point at a time."""
 
+import contextlib
 import itertools
 import sys
 from collections import Counter
@@ -14,8 +15,8 @@ from pipeline import hardware, launchers
 from pipeline.artifacts import RunFolder, disk_errors
 from pipeline.grids import Point, expand
 from pipeline.launchers import Launcher, Local, Ray, Task
-from pipeline.runner import RESULTS
-from pipeline.stages import BY_NAME
+from pipeline.runner import RESULTS, Runner
+from pipeline.stages import BY_NAME, STAGES
 from pipeline.store import link
 
 __all__ = ["Outcome", "Point", "expand", "plain", "report", "sweep"]
@@ -42,6 +43,7 @@ def sweep(points: Sequence[Point], out: Path, *, launcher: str = "local", worker
     if launcher not in ("local", "ray"):
         raise UserError(f"--launcher {launcher}: give local or ray")
     out = out.absolute()  # other machines have other working directories
+    _refuse_other_choices(points, out)
     outcomes = [Outcome(point) for point in points]
     with RunFolder(out).locked(), disk_errors(out):
         local = Local()
@@ -64,6 +66,16 @@ def sweep(points: Sequence[Point], out: Path, *, launcher: str = "local", worker
 
 def _folder(out: Path, point: Point) -> Path:
     return out / "points" / point.name
+
+
+def _refuse_other_choices(points: Sequence[Point], out: Path) -> None:
+    """Raise `UserError` where a point was worked on by another recipe than this sweep's."""
+    for folder, point in ((_folder(out, point), point) for point in points):
+        found: list[tuple[str, str]] = []
+        with contextlib.suppress(UserError):  # what a point misses is told when its turn comes
+            found = [*Runner(point.recipe, folder).other_choices(STAGES)] if folder.exists() else []
+        if found:
+            raise UserError(f"{folder}: {found[0][1]}; give another --out, or delete it")
 
 
 def _leaders_first(outcomes: Sequence[Outcome]) -> list[Outcome]:
