@@ -82,7 +82,7 @@ def run(
         list[str] | None,
         typer.Option(
             help="Make this stage again although it is up to date, and it and those after it although other choices "
-            "made them; measure, the last: measure again."
+            "made them; measure, the last, stands for the measurements."
         ),
     ] = None,
     track: Track = "none",

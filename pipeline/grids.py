@@ -52,9 +52,9 @@ def expand(recipe: str, grids: Sequence[str], changes: Sequence[str] = ()) -> li
         raise UserError(f"--grid: {count:,} points; give at most {_MOST_POINTS:,}")
     base = load_recipe(Recipe, recipe, changes).model_dump(mode="json")
     points = []
-    for values in itertools.product(*axes.values()):
+    for combination in itertools.product(*axes.values()):
         raw = parse_recipe(Recipe, base).model_dump(mode="json")  # a copy
-        for key, value in zip(axes, values, strict=True):
+        for key, value in zip(axes, combination, strict=True):
             set_value(raw, key, value)
         chosen = parse_recipe(Recipe, raw, f"recipe {recipe}")
         points.append(Point({key: _value(chosen, key) for key in axes}, chosen))

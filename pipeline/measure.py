@@ -145,10 +145,10 @@ def load_tasks(choices: Tasks) -> dict[str, Documents]:
 class Measurer:
     """Measures the rows of one run folder; what was measured before and has not changed is kept."""
 
-    def __init__(self, run: RunFolder, recipe: Recipe, manifests: Mapping[str, Manifest], *, again: bool = False):
-        """`manifests` are those of the finished stages to be measured, verified; `again`: what is kept is not used."""
+    def __init__(self, run: RunFolder, recipe: Recipe, manifests: Mapping[str, Manifest]):
+        """`manifests` are those of the finished stages to be measured, verified."""
         self.run, self.recipe, self.choices = run, recipe, recipe.measure
-        self.manifests, self.again = manifests, again
+        self.manifests = manifests
         self.folder = run.path / "measurements"
         self._text: tuple[np.ndarray, str] | None = None
         machine = {"cpu": hardware.cpu(), "gpu": hardware.gpu()}
@@ -239,7 +239,7 @@ class Measurer:
         mark = fingerprint([kind, self.circumstances, self.text()[1], made_from, choices])
         name = subjects[0].key.replace("/", "-").replace(":", "") if len(subjects) == 1 else subjects[0].device[:4]
         path = self.folder / f"{kind}-{name}.json"
-        if path.exists() and not self.again:
+        if path.exists():
             try:
                 stored = json.loads(path.read_text(encoding="utf-8"))
                 if stored["fingerprint"] == mark:

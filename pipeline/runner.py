@@ -63,7 +63,7 @@ class Runner:
         with self.run.locked(), disk_errors(self.run.path):
             with self._recipe_kept():
                 self._make(wanted, force)
-                results = self._results([stage.name for stage in wanted], latency=True, again=MEASURE in force)
+                results = self._results([stage.name for stage in wanted], latency=True)
             save_results(results, self.run.path / RESULTS)
             write_report(self.run.path)
             self.tracking.called(f"{self.recipe.name}-stages").table(results, self.run.path / RESULTS)
@@ -114,10 +114,10 @@ class Runner:
         for _, what in self.other_choices([stage]):
             raise UserError(f"{self.run.path}: {what}; give another --out, or --force")
 
-    def _results(self, stages: Sequence[str], *, latency: bool, again: bool = False) -> Results:
+    def _results(self, stages: Sequence[str], *, latency: bool) -> Results:
         """Rows, heads and curves of finished stages."""
         manifests = {name: self.run.verify(name) for name in stages}
-        measurer = Measurer(self.run, self.recipe, manifests, again=again)
+        measurer = Measurer(self.run, self.recipe, manifests)
         return Results(
             run={
                 "name": self.recipe.name,
@@ -209,9 +209,9 @@ class Runner:
         """Before anything is written: the folder is no other's, the model, texts and tasks can be had, lengths fit."""
         self._refuse_strangers()
         if BY_NAME["load"] in wanted:
-            source = resolve(self.recipe.load.source, self.recipe.load.revision)
+            model = resolve(self.recipe.load.source, self.recipe.load.revision)
             with contextlib.suppress(OSError, ValueError, AttributeError):  # what is wrong there, loading says
-                positions = json.loads((source / "config.json").read_text(encoding="utf-8")).get("n_positions")
+                positions = json.loads((model / "config.json").read_text(encoding="utf-8")).get("n_positions")
                 if isinstance(positions, int) and positions > 0:
                     check_lengths(self.recipe.measure, positions)
         evaluation = load_text(self.recipe.data.evaluation)
