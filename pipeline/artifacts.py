@@ -144,7 +144,7 @@ _FULL = (
 
 NO_PATH = {
     **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "give one that you may write to"),
-    **dict.fromkeys((errno.ENOTDIR, errno.EEXIST, errno.EISDIR), "it is in the way; give another path"),
+    **dict.fromkeys((errno.ENOTDIR, errno.EEXIST, errno.EISDIR), "give a folder or file elsewhere"),
     errno.ENAMETOOLONG: "give a shorter path",
     errno.ELOOP: "give a path without such links",
 }
