@@ -24,6 +24,11 @@ def reason(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+def shown(text: str, most: int = 200) -> str:
+    """A text as messages quote it: not all of a long one."""
+    return text if len(text) <= most else f"{text[:most]}... ({len(text):,} characters)"
+
+
 def why_no_hub(error: BaseException) -> str:
     """Why the Hub gave nothing, and what would help."""
     causes = list(_causes(error))

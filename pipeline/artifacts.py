@@ -16,15 +16,17 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from eval.errors import UserError, WorkError
+from eval.errors import UserError, WorkError, shown
 
 MANIFEST = "stage.json"
 QUANTIZATION = "quantization.json"
 """Beside an IR: what quantisation did to each matrix."""
+LOCK = ".lock"
 CHECKPOINTS = "checkpoints"
 """The one folder of a half-made stage that its next run goes on from."""
+_IN_A_STAGE = ("model", "model_fp16", "ir_fp32", "ir_fp16", "ir_w8a8")
 _PACKAGES = (
     "torch",
     "transformers",
@@ -140,9 +142,18 @@ _FULL = (
 )
 
 
+NO_PATH = {
+    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "give one that you may write to"),
+    **dict.fromkeys((errno.ENOTDIR, errno.EEXIST, errno.EISDIR), "give a folder or file elsewhere"),
+    errno.ENAMETOOLONG: "give a shorter path",
+    errno.ELOOP: "give a path without such links",
+}
+"""What the system says of paths that cannot be used, and what to do."""
+
+
 @contextlib.contextmanager
 def disk_errors(where: Path) -> Iterator[None]:
-    """Turn a full or read-only disk below `where` into one clear line."""
+    """Turn a full or read-only disk below `where`, or a path that cannot be there, into one clear line."""
     try:
         yield
     except Exception as error:
@@ -151,10 +162,13 @@ def disk_errors(where: Path) -> Iterator[None]:
             raise WorkError(
                 f"{where}: no space left on the disk; free some and run again, finished stages stay"
             ) from error
-        if code in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR):
+        if code in NO_PATH:
             name = Path(getattr(error, "filename", None) or where)
-            advice = "give a folder that you may write to" if name.is_relative_to(where) else "give a readable one"
-            raise UserError(f"{name}: {os.strerror(code)}; {advice}") from error
+            advice = NO_PATH[code]
+            if code in (errno.EROFS, errno.EACCES, errno.EPERM):
+                inside = name.is_relative_to(where) or where.is_relative_to(name)
+                advice = "give a folder that you may write to" if inside else "give a readable one"
+            raise UserError(f"{shown(str(name))}: {os.strerror(code)}; {advice}") from error
         raise
 
 
@@ -171,18 +185,26 @@ class RunFolder:
         Raises `UserError` if another run holds it or it cannot be made.
         """
         with disk_errors(self.path):
+            if self.path.is_symlink() and not self.path.exists():
+                raise UserError(f"{self.path}: a link that leads nowhere; give a folder as --out")
             if self.path.exists() and not self.path.is_dir():
                 raise UserError(f"{self.path}: is a file; give a folder as --out")
             self.path.mkdir(parents=True, exist_ok=True)
-            lock = (self.path / ".lock").open("w")
+            lock = (self.path / LOCK).open("w")
         with lock:
-            try:
-                # Not flock: a child that some library forked would inherit it, and hold it once this process is gone.
-                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise UserError(
-                    f"{self.path}: another run is at work here; wait for it or give another --out"
-                ) from error
+            lock_file(lock, fcntl.LOCK_EX | fcntl.LOCK_NB, self.path)
+            yield
+
+    @contextlib.contextmanager
+    def unchanging(self) -> Iterator[None]:
+        """Let no run change the folder, which need not be writable. Raises `UserError` if one is at work."""
+        try:
+            lock = (self.path / LOCK).open()
+        except OSError:  # copied without it, and no run can be at work
+            yield
+            return
+        with lock:
+            lock_file(lock, fcntl.LOCK_SH | fcntl.LOCK_NB, self.path)
             yield
 
     def stage(self, name: str) -> Path:
@@ -216,6 +238,21 @@ class RunFolder:
                 state = "missing" if file not in found else "not what its manifest says"
                 raise UserError(f"{self.stage(name) / file}: {state}; make the stage again with --force {name}")
         return manifest
+
+    def replaceable(self, name: str) -> None:
+        """Raise `UserError` if what stands in a stage's place is more than that stage: it would be deleted."""
+        place = self.stage(name)
+        if place.is_symlink() or (place.exists() and not place.is_dir()):
+            raise UserError(f"{place}: no folder, so no stage; move it away, or give another --out")
+        try:
+            manifest = self.manifest(name)
+        except UserError:  # damaged: the files' places must tell
+            manifest = None
+        for path in sorted(place.rglob("*")):
+            inside = path.relative_to(place)
+            ours = inside.as_posix() in manifest.files if manifest else inside.parts[0] in _IN_A_STAGE
+            if not (ours or path.is_dir() or inside == Path(MANIFEST)):
+                raise UserError(f"{path}: not of the stage that would be made in its place; move it away")
 
     def partial(self, name: str, mark: str) -> Path:
         """The folder where a stage is being made; an interrupted run of the same stage leaves its checkpoints."""
@@ -264,6 +301,30 @@ class RunFolder:
             sync(folder)
             replace_folder(folder, self.stage(name))
         return manifest
+
+
+def lock_file(lock: IO[str], how: int, folder: Path) -> None:
+    """Lock an open file of `folder`, or wait for it. Raises `UserError` if another holds it, or none can.
+
+    Not by flock: a child that some library forked would inherit it, and hold it once this process is gone.
+    """
+    try:
+        fcntl.lockf(lock, how)
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            raise UserError(f"{folder}: another run is at work here; wait for it or give another --out") from error
+        raise UserError(
+            f"{folder}: files cannot be locked there ({error.strerror}); give an --out on another disk"
+        ) from error
+
+
+def refuse_strangers(folder: Path, names: Iterable[str], what: str) -> None:
+    """Raise `UserError` if a folder, in which nothing tells of a `what` of ours, holds anything of that name.
+
+    `names` are glob patterns of what a verb would write there, or replace, or delete.
+    """
+    if folder.is_dir() and (found := sorted(path.name for name in names for path in folder.glob(name))):
+        raise UserError(f"{folder}: holds {found[0]}, but no {what} of Headroom's; give another --out")
 
 
 def sync(folder: Path) -> None:

@@ -1,20 +1,29 @@
 """The command line: one verb, one typed function. Heavy imports happen inside the verbs."""
 
+import contextlib
+import errno
+import io
 import json
 import math
 import os
 import sys
+import traceback
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from eval.errors import UserError, WorkError
+from eval.errors import UserError, WorkError, reason, shown
+from pipeline.artifacts import NO_PATH
 
 app = typer.Typer(
     help=(
         "Compress GPT-2 and know what each step cost and gained: load, half, prune, finetune, quantize to INT8, "
         "and measure every stage side by side. Start with: python -m pipeline run --recipe demo"
+    ),
+    epilog=(
+        "Mistakes end with one line on stderr and exit code 2, failed work with 1. HEADROOM_DEBUG=1 shows the "
+        "traceback of an error that nobody foresaw."
     ),
     no_args_is_help=True,
     add_completion=False,
@@ -26,7 +35,10 @@ app.add_typer(data, name="data")
 
 Out = Annotated[Path, typer.Option(help="The run folder; stages that are up to date there are skipped.")]
 RecipeName = Annotated[str | None, typer.Option("--recipe", help="A preset (demo, gpt2) or a .yaml file.")]
-Set = Annotated[list[str] | None, typer.Option("--set", help="Change one recipe key, as in prune.ratio=0.3.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Change one recipe key, as in prune.ratio=0.3. A key of text takes the word as it is."),
+]
 Model = Annotated[
     str, typer.Argument(help="A model folder (safetensors in Hub format, or an OpenVINO IR), a Hub id, or embedded.")
 ]
@@ -55,7 +67,9 @@ Track = Annotated[
     str,
     typer.Option(help="Log trainings and the table: tensorboard (OUT/tracking), mlflow (MLFLOW_TRACKING_URI), none."),
 ]
-Force = Annotated[bool, typer.Option(help="Make the stage again although it is up to date.")]
+Force = Annotated[
+    bool, typer.Option(help="Make the stage again although it is up to date, or other choices made what is there.")
+]
 
 
 def _recipe(name: str | None, changes: list[str] | None, out: Path) -> Any:
@@ -81,14 +95,21 @@ def run(
     until: Annotated[
         str | None, typer.Option(help="Stop after this stage; it and those before it are measured.")
     ] = None,
-    force: Annotated[list[str] | None, typer.Option(help="Make this stage again although it is up to date.")] = None,
+    force: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Make this stage again although it is up to date, and it and those after it although other choices "
+            "made them; measure, the last, stands for the measurements."
+        ),
+    ] = None,
     track: Track = "none",
     as_json: Json = False,
 ) -> Any:
     """The whole chain: every stage, every measurement, the table and the report. Interrupted, it resumes."""
+    choices = _recipe(recipe, set, out)
     from pipeline.runner import RESULTS, Runner
 
-    results = Runner(_recipe(recipe, set, out), out, track=track).execute(until=until, force=force or [])
+    results = Runner(choices, out, track=track).execute(until=until, force=force or [])
     if as_json:
         print((out / RESULTS).read_text(encoding="utf-8"))
     else:
@@ -100,9 +121,10 @@ def run(
 def _stage(
     name: str, out: Path, recipe: str | None, changes: list[str] | None, force: bool, track: str = "none"
 ) -> Any:
+    choices = _recipe(recipe, changes, out)
     from pipeline.runner import Runner
 
-    results = Runner(_recipe(recipe, changes, out), out, track=track).stage(name, force=force)
+    results = Runner(choices, out, track=track).stage(name, force=force)
     if results.rows:
         _print_table(results)
     return results
@@ -167,10 +189,13 @@ def sweep(
     as_json: Json = False,
 ) -> Any:
     """All combinations of the grids: stages shared, results in one table and figure. Interrupted, it resumes."""
-    from pipeline.sweep import expand, plain, report
+    from pipeline.grids import expand
+
+    points = expand(recipe, grid, set or [])
+    from pipeline.sweep import plain, report
     from pipeline.sweep import sweep as work
 
-    outcomes = work(expand(recipe, grid, set or []), out, launcher=launcher, workers=workers)
+    outcomes = work(points, out, launcher=launcher, workers=workers)
     print(json.dumps(list(plain(outcomes))) if as_json else f"{report(outcomes)}\n\nTable and figure: {out}/sweep.*")
     failed = [outcome for outcome in outcomes if outcome.failure]
     if failed:
@@ -262,10 +287,15 @@ def compare(
 
     One folder on two engines: compare DIR DIR --engine torch --engine cuda
     """
+    from eval.results import load_results
     from pipeline.comparing import compare_folders, format_comparison
 
     options = {"--engine": engine or [], "--device": device or [], "--precision": precision or []}
-    outcome = compare_folders((_folder(a), _folder(b)), options, text=text, tokens=tokens)
+    folders = (_folder(a), _folder(b))
+    outcome = compare_folders(folders, options, text=text, tokens=tokens)
+    for run in dict.fromkeys(folder.absolute().parent.parent for folder in folders):
+        with contextlib.suppress(UserError):  # most folders are no run's
+            _say_stale(run, load_results(run / "results.json"))
     print(json.dumps(outcome) if as_json else format_comparison(outcome))
     return outcome
 
@@ -387,6 +417,8 @@ def report(
 
         with disk_errors((out or other / "page").parent):
             path, comparison = write_comparison(run_folder, other, out)
+        for folder in (run_folder, other):
+            _say_stale(folder, load_results(folder / RESULTS))
         print(f"{text_table(comparison)}\n")
         print("\n".join((*comparison.summary, *comparison.caveats)))
         print(f"\nComparison: {path}")
@@ -396,6 +428,7 @@ def report(
     results = load_results(run_folder / RESULTS)
     with disk_errors(run_folder):
         path = write_report(run_folder)
+    _say_stale(run_folder, results)
     _print_table(results)
     print(f"\nReport: {path}")
     return path
@@ -523,11 +556,7 @@ def pretrain(
     The presets gpt2-124M and gpt2-350M want shards of GPT-2's tokens. parallel is none, ddp, zero1 or fsdp. A step
     takes batch_size x accumulation blocks on any number of processes, and a checkpoint fits any number of them.
     """
-    from pipeline.pretrain import pretrain as train
     from pipeline.recipe import Pretrain, load_recipe
-    from pipeline.texts import load_text
-    from pipeline.tracking import Tracking
-    from pipeline.training import is_main_process
 
     choices = load_recipe(Pretrain, recipe, set or [])
     if estimate:
@@ -540,6 +569,11 @@ def pretrain(
     files = [*([text] if text else []), *(more or [])]
     if bool(files) == bool(choices.shards):
         raise UserError("pretrain: give either --text FILES or --set shards=FOLDER (see data prepare)")
+    from pipeline.pretrain import pretrain as train
+    from pipeline.texts import load_text
+    from pipeline.tracking import Tracking
+    from pipeline.training import is_main_process
+
     validation = choices.validation or ("embedded:valid" if files else None)
     tracking = Tracking(track, out / "tracking", choices.name)
     folder = train(choices, files, out, load_text(validation) if validation else None, tracking)
@@ -572,15 +606,16 @@ def scaling(
     The law is L(N, D) = E + A/N^alpha + B/D^beta (Hoffmann et al. 2022, approach 3), with bootstrap intervals, the
     compute frontier, and where to stop trusting them. Interrupted, it resumes; sizes and budgets may be added later.
     """
-    from pipeline import hardware
     from pipeline.recipe import Scaling, load_recipe
-    from pipeline.scaling import scaling as work
-    from plots.scaling import markdown
 
     choices = load_recipe(Scaling, recipe, set or [])
     files = [*([text] if text else []), *(more or [])]
     if files and choices.pretrain.shards:
         raise UserError("scaling: give either --text FILES or --set pretrain.shards=FOLDER (see data prepare)")
+    from pipeline import hardware
+    from pipeline.scaling import scaling as work
+    from plots.scaling import markdown
+
     at_a_time = workers or (1 if hardware.gpu() else hardware.cpu()["cores"])
     record = work(choices, files, out, workers=at_a_time)
     print(json.dumps(record) if as_json else f"{markdown(record)}\nTable and figure: {out}/scaling.*")
@@ -628,6 +663,14 @@ def probe(
     print(json.dumps(asdict(memory)))
 
 
+def _say_stale(folder: Path, results: Any) -> None:
+    """One line on stderr for each way in which results are not those of what stands in the run folder."""
+    from pipeline.stale import stale_caveat
+
+    for line in stale_caveat(folder, results):
+        print(f"note: {folder}: {line}", file=sys.stderr)
+
+
 def _print_table(results: Any) -> None:
     from pipeline.report import table
 
@@ -635,23 +678,91 @@ def _print_table(results: Any) -> None:
 
 
 def main() -> None:
-    """Run a verb. Exit 2 with one line on stderr for the user's mistakes, 1 for failed work."""
+    """Run a verb. Exit 2 with one line on stderr for the user's mistakes, 1 for failed work.
+
+    What is neither is told in one line as well; with HEADROOM_DEBUG=1 by its traceback.
+    """
     # Libraries that chat or phone home are told not to, before any of them is imported.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("KINETO_LOG_LEVEL", "5")
+    code = 0
     try:
-        app(standalone_mode=True)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except WorkError as error:
-        print(f"failed: {error}", file=sys.stderr)
-        sys.exit(1)
-    except ModuleNotFoundError as error:
-        print(f"error: {error.name} is not installed; pip install -r requirements.txt", file=sys.stderr)
-        sys.exit(2)
+        _prepare_streams()
+        _check_words(sys.argv[1:])
+        try:
+            app(standalone_mode=True)
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()
     except SystemExit as end:
-        if end.code == 130:  # what typer makes of Ctrl-C
-            print("interrupted; run the same command to resume", file=sys.stderr)
-        raise
+        code = end.code if isinstance(end.code, int) else int(bool(end.code))
+        if code == 130:  # what typer makes of Ctrl-C
+            print(_INTERRUPTED, file=sys.stderr)
+    except KeyboardInterrupt:
+        print(_INTERRUPTED, file=sys.stderr)
+        code = 130
+    except BaseException as error:  # some libraries' panics are no Exceptions
+        code, line = _told(error)
+        print(shown(line, 2000), file=sys.stderr)
+    sys.exit(code)
+
+
+_INTERRUPTED = "interrupted; run the same command to resume"
+
+
+def _prepare_streams() -> None:
+    """Let what a terminal cannot show be replaced, and no file become stdout or stderr where they are closed."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace" if stream is sys.stderr else "replace")
+
+
+def _check_words(words: list[str]) -> None:
+    for word in words:
+        if any("\ud800" <= letter <= "\udfff" for letter in word):
+            raise UserError(f"{shown(ascii(word))}: holds bytes that are no {sys.getfilesystemencoding()} text")
+
+
+def _told(error: BaseException) -> tuple[int, str]:
+    """The exit code and the one line that tell of an error."""
+    said = " ".join(str(error).split())
+    code = error.errno if isinstance(error, OSError) else None
+    if isinstance(error, UserError):
+        return 2, f"error: {said}"
+    if isinstance(error, WorkError):
+        return 1, f"failed: {said}"
+    if isinstance(error, ModuleNotFoundError):
+        return 2, f"error: {error.name} is not installed; pip install -r requirements.txt"
+    if isinstance(error, OSError) and code in NO_PATH and error.filename:
+        return 2, f"error: {shown(str(error.filename))}: {os.strerror(code)}; {NO_PATH[code]}"
+    if isinstance(error, MemoryError) or code == errno.ENOMEM or any(words in said for words in _NO_MEMORY):
+        return 1, f"failed: not enough memory ({shown(said or type(error).__name__)}); free some, or do with less"
+    if code in (errno.ENOSPC, errno.EIO, errno.EPIPE, errno.EBADF, errno.EDQUOT):
+        _drop_output()
+        where = error.filename if isinstance(error, OSError) and error.filename else "the output"
+        return 1, f"failed: {where}: {os.strerror(code)}; nothing more can be written there"
+    if sys.flags.optimize >= 2:
+        return 2, "error: Python runs with -OO, without the docstrings that libraries need; run it without"
+    if os.environ.get("HEADROOM_DEBUG") == "1":
+        traceback.print_exception(error)
+    place = traceback.extract_tb(error.__traceback__)[-1:]
+    where = "".join(f" at {frame.filename}:{frame.lineno}" for frame in place)
+    return 1, (
+        f"failed: unexpected {type(error).__name__} ({shown(reason(error))}){where}; please report it "
+        "(HEADROOM_DEBUG=1 shows all)"
+    )
+
+
+_NO_MEMORY = ("annot allocate memory", "can't allocate memory", "out of memory", "bad_alloc", "start new thread")
+
+
+def _drop_output() -> None:
+    """Let nothing try to write the rest once more when Python ends."""
+    with contextlib.suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

@@ -2,20 +2,26 @@
 
 import importlib.metadata
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from eval.errors import UserError, WorkError, reason
+from eval.errors import UserError, WorkError, reason, shown
 from eval.results import Results, load_results, save_json
 from pipeline import __version__
 from pipeline.artifacts import Manifest, RunFolder, disk_errors, replace_folder, sha256_tree, sync
+from pipeline.choices import differences, kept_recipe
+from pipeline.recipe import Recipe
 from pipeline.runner import RECIPE, RESULTS
+from pipeline.stale import stale_caveat
 
 MARK = "headroom.json"
 """What tells an export from any other folder: the run, its stages and the sha256 of each file."""
+_LONGEST = 240
+"""Bytes of the folder's name, so that the one it is written in beside can have its own."""
 _CODE = Path(__file__).parent / "model"
 _MODULES = ("configuration.py", "grouping.py", "modeling.py", "rope.py", "window.py")
 _AUTO_MAP = {
@@ -51,19 +57,19 @@ def export(
         raise UserError(f"--precision {precision}: give fp16 or fp32")
     if not (run_folder / RESULTS).exists():
         raise UserError(f"{run_folder}: holds no {RESULTS}; give the folder of a finished run")
-    if to.exists() or to.is_symlink():
-        _replaceable(to, force)
     run = RunFolder(run_folder)
-    with run.locked(), disk_errors(to):
+    with disk_errors(to), run.unchanging():
+        _check_place(to, run_folder, force)
         results = load_results(run_folder / RESULTS)
         stages = _chain(run, results)
         name = next(iter(stages))
+        weights = _weights(run, name, precision)
         to.absolute().parent.mkdir(parents=True, exist_ok=True)
         partial = to.with_name(f".{to.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
-        _copy_model(_weights(run, name, precision), partial)
+        _copy_model(run.stage(name), weights, stages[name], partial)
         if "quantize" in stages:
-            _copy_model(run.stage("quantize") / "model", partial / "openvino")
+            _copy_model(run.stage("quantize"), "model", stages["quantize"], partial / "openvino")
         (partial / "LICENSE").write_text(_code_licence(), encoding="utf-8")
         card = _card(results, stages[name], precision, licence, repo or to.name, "quantize" in stages)
         (partial / "README.md").write_text(card, encoding="utf-8")
@@ -108,6 +114,19 @@ def check_repo(repo: str) -> None:
         raise UserError(f"--push {repo}: no name for a repository on the Hub; give OWNER/NAME") from error
 
 
+def _check_place(to: Path, run: Path, force: bool) -> None:
+    """Raise `UserError` unless the export can take its place, alone or in place of an earlier one."""
+    here, place, inside = (Path(os.path.realpath(path)) for path in (".", to, run))
+    if not to.name or to.name == ".." or here.is_relative_to(place):
+        raise UserError(f"--to {to}: is the folder you are in, or above it; give a folder to be made, such as exported")
+    if place.is_relative_to(inside) or inside.is_relative_to(place):
+        raise UserError(f"--to {to}: in the run's folder, or around it; give one outside")
+    if len(os.fsencode(to.name)) > _LONGEST:
+        raise UserError(f"--to {shown(str(to))}: the name is too long; give one of at most {_LONGEST} bytes")
+    if to.exists() or to.is_symlink():
+        _replaceable(to, force)
+
+
 def _replaceable(to: Path, force: bool) -> None:
     try:
         mark = json.loads((to / MARK).read_text(encoding="utf-8"))
@@ -122,9 +141,13 @@ def _replaceable(to: Path, force: bool) -> None:
 
 def _chain(run: RunFolder, results: Results) -> dict[str, Manifest]:
     """The manifests of what is exported: the last pruned model, then the IR if there is one; all of one making."""
-    recipe = yaml.safe_load((run.path / RECIPE).read_text(encoding="utf-8"))
-    if recipe != results.run["recipe"]:
+    kept = kept_recipe(run.path / RECIPE)
+    if kept is None:
+        raise UserError(f"{run.path / RECIPE}: missing or damaged; {_finish(run)}")
+    if differences(results.run.get("recipe"), kept.model_dump(mode="json"), Recipe().model_dump(mode="json")):
         raise UserError(f"{run.path}: {RESULTS} is of another recipe than {RECIPE}; {_finish(run)}")
+    for line in stale_caveat(run.path, results):
+        raise UserError(f"{run.path}: {line.removesuffix('.')}; {_finish(run)}")
     name = next((stage for stage in ("finetune", "prune") if run.stage(stage).exists()), None)
     if name is None:
         raise UserError(f"{run.path}: holds no pruned model; {_finish(run)}")
@@ -140,17 +163,22 @@ def _finish(run: RunFolder) -> str:
     return f"run: python -m pipeline run --recipe {run.path / RECIPE} --out {run.path}"
 
 
-def _weights(run: RunFolder, stage: str, precision: str) -> Path:
+def _weights(run: RunFolder, stage: str, precision: str) -> str:
+    """The folder of the weights in their stage's."""
     if stage == "finetune":
-        return run.stage(stage) / ("model" if precision == "fp32" else "model_fp16")
+        return "model" if precision == "fp32" else "model_fp16"
     if precision == "fp32":
         raise UserError(f"{run.path}: has no fine-tuned model, and only that is kept in FP32; leave out --precision")
-    return run.stage(stage) / "model"
+    return "model"
 
 
-def _copy_model(source: Path, target: Path) -> None:
-    """A model folder with the code that runs it, and a config that names this code."""
-    shutil.copytree(source, target)
+def _copy_model(stage: Path, model: str, manifest: Manifest, target: Path) -> None:
+    """A stage's model folder, without what its manifest does not name, and with the code that runs it."""
+    for name in manifest.files:
+        if name.startswith(f"{model}/"):
+            copy = target / name.removeprefix(f"{model}/")
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(stage / name, copy)
     for module in _MODULES:
         shutil.copyfile(_CODE / module, target / module)
     config = json.loads((target / "config.json").read_text(encoding="utf-8"))
@@ -191,7 +219,7 @@ def _card(results: Results, manifest: Manifest, precision: str, licence: str | N
         .render(
             head=yaml.safe_dump(head, sort_keys=False),
             title=results.run["name"],
-            model=model,
+            model=json.dumps(model, ensure_ascii=False),
             precision=precision,
             parameters=manifest.details["parameters"],
             finetuned=manifest.stage == "finetune",

@@ -1,5 +1,6 @@
 """How far a preparation of data is: a SQLite file, since no memory would hold the documents of every corpus."""
 
+import contextlib
 import hashlib
 import json
 import sqlite3
@@ -99,6 +100,18 @@ class Journal:
     def close(self) -> None:
         """Drop what was not committed."""
         self.database.close()
+
+
+def begun_here(path: Path) -> bool:
+    """Whether a file is the journal of a preparation, however early that was cut off; others' databases are not."""
+    if not path.is_file():
+        return False
+    try:
+        with contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as database:
+            tables = {name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    except sqlite3.DatabaseError:
+        return False
+    return tables <= {"seen", "state", "sources"}
 
 
 def check_same(choices: dict[str, Any], begun: dict[str, Any], out: Path) -> None:

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from cuda_ext.packing import read_shape, unsupported
 from eval.agreement import Questions, compare, listen
 from eval.engine import Engine
 from eval.errors import UserError
@@ -34,6 +33,7 @@ from pipeline.artifacts import QUANTIZATION, Manifest, RunFolder, fingerprint, t
 from pipeline.data import encode, sha256_text
 from pipeline.engines import load_engine
 from pipeline.engines.cuda import why_not as why_no_kernels
+from pipeline.engines.cuda import why_not_model
 from pipeline.engines.openvino import OpenVINOEngine
 from pipeline.openvino_runtime import computes_bf16
 from pipeline.reading import expanded
@@ -217,10 +217,10 @@ class Measurer:
         return [self._possible(subject) for subject in subjects(details)]
 
     def _possible(self, subject: Subject) -> Subject:
-        """The row, left out where the kernels do not know this model's sizes."""
-        if subject.engine != "cuda" or subject.skipped is not None:
+        """The row, left out where the kernels do not know this model: what no other machine would mend comes first."""
+        if subject.engine != "cuda":
             return subject
-        return replace(subject, skipped=unsupported(read_shape(self._path(subject))))
+        return replace(subject, skipped=why_not_model(self._path(subject)) or subject.skipped)
 
     def _path(self, subject: Subject) -> Path:
         return self.run.stage(subject.stage) / subject.folder

@@ -20,9 +20,9 @@ import numpy as np
 from eval.errors import UserError
 from eval.results import save_json
 from pipeline import hardware
-from pipeline.artifacts import RunFolder, disk_errors, replace_folder, sha256_file
+from pipeline.artifacts import RunFolder, disk_errors, refuse_strangers, replace_folder, sha256_file
 from pipeline.corpus import Source, sources
-from pipeline.journal import DUPLICATE, FATES, KEPT, SPLITS, STATE, Journal, State, check_same, damaged
+from pipeline.journal import DUPLICATE, FATES, KEPT, SPLITS, STATE, Journal, State, begun_here, check_same, damaged
 from pipeline.shards import MOST_TOKENS, Shard, ShardWriter, find_shards, open_shard
 from pipeline.tokenizer import load_tokenizer
 from pipeline.tokenizing import BAD_ENCODING, EMPTY, EndOfText, How, Style, encoded, line_ends
@@ -70,6 +70,8 @@ def prepare(
     if workers > most:
         raise UserError(f"--workers {workers}: more than this machine can use; give at most {most}")
     partial = out / f".{TOKENIZER}.partial"
+    if not (begun_here(out / STATE) or ((out / MANIFEST).is_file() and find_shards(out, "train"))):
+        refuse_strangers(out, (TOKENIZER, STATE, MANIFEST), "preparation")
     new = [path for path in (out / ".lock", out, *out.parents) if not os.path.lexists(path)]
     with RunFolder(out).locked(), _as_before(out, new), disk_errors(out), contextlib.ExitStack() as stack:
         stack.callback(shutil.rmtree, partial, ignore_errors=True)

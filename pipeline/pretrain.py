@@ -16,7 +16,14 @@ from transformers import PreTrainedTokenizerFast, TrainingArguments, set_seed
 from eval.errors import UserError, WorkError
 from eval.results import save_json
 from pipeline import hardware
-from pipeline.artifacts import RunFolder, disk_errors, named_hashes, refuse_other_choices, replace_folder
+from pipeline.artifacts import (
+    RunFolder,
+    disk_errors,
+    named_hashes,
+    refuse_other_choices,
+    refuse_strangers,
+    replace_folder,
+)
 from pipeline.checkpoint import save_model
 from pipeline.data import TokenBlocks, encode_many, tokenize_dataset
 from pipeline.model import CompactGPT2LMHeadModel
@@ -33,6 +40,13 @@ from pipeline.watching import Meter, Quiz, attention_kernel, learning_curve, tra
 from pipeline.wikitext import DOCUMENT_MARK, styled_documents
 from plots.pretraining import draw
 from plots.style import save as save_figure
+
+CHOICES = "pretrain.json"
+"""What a training was begun with, written before all else: it tells its folder from any other."""
+_WRITTEN = (
+    *("model", "model.partial", "tokenizer", "tokenizer.partial", "tokens.npy", "tokens.partial.npy"),
+    *("checkpoint-*", "rollbacks.json", "curve.json", "plots/pretraining.*"),
+)
 
 
 def pretrain(
@@ -53,6 +67,8 @@ def pretrain(
     Under `torchrun` or `accelerate launch`, all nodes see the same `out`, and the first process keeps it.
     """
     check_processes(recipe)
+    if is_main_process() and not (out / CHOICES).exists():
+        refuse_strangers(out, _WRITTEN, "training")
     with RunFolder(out).locked() if is_main_process() else contextlib.nullcontext():
         with disk_errors(out), lost_others("pretrain"), (tracking or Tracking()).training() as report_to:
             return _pretrain(recipe, files, out, validation_text, report_to)
@@ -233,7 +249,7 @@ def _same_choices(recipe: Pretrain, files: Sequence[Path], out: Path) -> None:
         "rollbacks",
     }
     choices = recipe.model_dump(mode="json", exclude=free | {"shards"}) | {"files": named_hashes(files)}
-    path = out / "pretrain.json"
+    path = out / CHOICES
     try:
         refuse_other_choices(choices, path, "training")
     except UserError:
@@ -330,6 +346,8 @@ def train_tokenizer(recipe: Pretrain, files: Sequence[Path], out: Path) -> PreTr
     folder = out / "tokenizer"
     kept = PreTrainedTokenizerFast.from_pretrained(folder) if (folder / "tokenizer.json").exists() else ()
     if len(kept) != recipe.model.vocab_size:
+        if not (folder / "tokenizer.json").exists():
+            refuse_strangers(out, [TOKENIZER], "tokenizer")
         from tokenizers import ByteLevelBPETokenizer
 
         print(f"pretrain: training a byte-level BPE of {recipe.model.vocab_size} tokens", file=sys.stderr)

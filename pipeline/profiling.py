@@ -5,16 +5,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cuda_ext.packing import read_shape, unsupported
 from eval.errors import UserError
 from eval.profiling import profile, tensorboard_run
 from eval.results import Results, Row, load_results
 from pipeline.artifacts import MANIFEST, RunFolder
 from pipeline.data import encode
 from pipeline.engines import default_engine, load_engine
+from pipeline.engines.cuda import why_not_model
 from pipeline.measure import subjects
 from pipeline.runner import RESULTS
 from pipeline.stages import BY_NAME
+from pipeline.stale import stale_caveat, stale_stages
 from pipeline.texts import load_text
 from pipeline.tokenizer import load_tokenizer
 
@@ -83,7 +84,7 @@ def profile_all(
         print(f"Traces: {folders[-1]}", file=sys.stderr)
     for run in runs:
         if (run / RESULTS).exists():
-            folders += _add_run(load_results(run / RESULTS), run / "plots", out)
+            folders += _add_run(run, load_results(run / RESULTS), out)
     return out, folders
 
 
@@ -94,7 +95,13 @@ def _stages(folder: Path) -> list[str]:
 
 def _rows(run: Path, engines: Sequence[str], device: str | None, precision: str | None) -> list[_Subject]:
     """The run's rows that are asked for and can run here; what cannot is said."""
-    measured = {row.key: row for row in load_results(run / RESULTS).rows} if (run / RESULTS).exists() else {}
+    measured = {}
+    if (run / RESULTS).exists():
+        results = load_results(run / RESULTS)
+        for line in stale_caveat(run, results):
+            print(f"note: {run}: {line}", file=sys.stderr)
+        changed, _ = stale_stages(run, results)
+        measured = {row.key: row for row in results.rows if row.stage not in changed}
     found = []
     for row in subjects({name: RunFolder(run).verify(name).details for name in _stages(run)}):
         if row.engine not in (engines or [row.engine]) or (device or row.device, precision or row.precision) != (
@@ -103,7 +110,7 @@ def _rows(run: Path, engines: Sequence[str], device: str | None, precision: str 
         ):
             continue
         folder = run / row.stage / row.folder
-        why = row.skipped or (unsupported(read_shape(folder)) if row.engine == "cuda" else None)
+        why = (why_not_model(folder) if row.engine == "cuda" else None) or row.skipped
         if why:
             print(f"left out: {row.key}: {why}", file=sys.stderr)
         else:
@@ -119,15 +126,15 @@ def _measured(row: Row) -> dict[str, float]:
     return {f"measured/{name}": value for name, value in row.numbers().items()}
 
 
-def _add_run(results: Results, plots: Path, out: Path) -> list[Path]:
+def _add_run(run: Path, results: Results, out: Path) -> list[Path]:
     """The run's own numbers: its table and figures, and loss and learning rate of each training."""
     from matplotlib.image import imread
 
     from pipeline.report import markdown_table
 
     with tensorboard_run(out, "summary") as (writer, _):
-        writer.add_text("stages", markdown_table(results))
-        for figure in sorted(plots.glob("*.png")):
+        writer.add_text("stages", "\n\n".join((*stale_caveat(run, results), markdown_table(results))))
+        for figure in sorted((run / "plots").glob("*.png")):
             writer.add_image(f"run/{figure.stem}", imread(figure)[..., :3], dataformats="HWC")
     for stage, curve in results.curves.items():
         with tensorboard_run(out, f"{stage}-training") as (writer, _):

@@ -4,15 +4,16 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar, get_args
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from eval.errors import UserError, reason
+from eval.errors import UserError, shown
+from pipeline import plain
 
 if TYPE_CHECKING:
     from pipeline.model import CompactGPT2Config
 
 RECIPES = Path(__file__).parent / "recipes"
+_DEEPEST = 20
 
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -180,11 +181,19 @@ class PretrainModel(Strict):
 
     @model_validator(mode="after")
     def _a_model_can_have_it(self) -> Self:
-        self.config()
+        """What the model's configuration would say, whose import costs seconds."""
+        if self.n_kv_head is not None and self.n_head % self.n_kv_head:
+            raise ValueError(f"n_kv_head is {self.n_kv_head}: give a divisor of n_head {self.n_head}")
+        if int(self.rope_share * self.head_dim) < 2:
+            raise ValueError(
+                f"rope_share is {self.rope_share}: give a share of head_dim {self.head_dim} that holds two numbers"
+            )
+        if isinstance(self.window, list) and len(self.window) != self.n_layer:
+            raise ValueError(f"window lists {len(self.window)} layers, n_layer is {self.n_layer}")
         return self
 
     def config(self, **fields: Any) -> "CompactGPT2Config":
-        """The model's configuration, with `fields` beside these. Raises `ValueError` where they do not fit."""
+        """The model's configuration, with `fields` beside these."""
         from pipeline.model import CompactGPT2Config
 
         return CompactGPT2Config(n_embd=self.n_head * self.head_dim, **self.model_dump(), **fields)
@@ -312,22 +321,28 @@ R = TypeVar("R", bound=Strict)
 
 
 def load_recipe(kind: type[R], name: str | Path, overrides: Iterable[str] = ()) -> R:
-    """A recipe by preset name or YAML file, with `key.sub=value` overrides applied.
+    """A recipe by preset name or YAML file, with `key.sub=value` overrides applied (see `read_value`).
 
-    Raises `UserError` for a missing file, bad YAML, an unknown key or a value out of range.
+    Raises `UserError` for a missing file, what is not plain YAML, an unknown key or a value out of range.
     """
     path = Path(name) if str(name).endswith((".yaml", ".yml")) else RECIPES / f"{name}.yaml"
-    if not path.exists():
-        presets = ", ".join(sorted(preset.stem for preset in RECIPES.glob("*.yaml")))
-        raise UserError(f"recipe {name}: not found; give a preset ({presets}) or a .yaml file")
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"recipe {path}: no readable YAML ({reason(error)})") from error
+        raw = plain.read(path)
+    except FileNotFoundError as error:
+        presets = ", ".join(sorted(preset.stem for preset in RECIPES.glob("*.yaml")))
+        raise UserError(f"recipe {name}: not found; give a preset ({presets}) or a .yaml file") from error
+    except OSError as error:
+        raise UserError(f"recipe {shown(str(path))}: no readable YAML ({error.strerror})") from error
+    except ValueError as error:
+        raise UserError(f"recipe {path}: no readable YAML ({error})") from error
+    raw = {} if raw is None else raw
     if not isinstance(raw, dict):
         raise UserError(f"recipe {path}: holds {type(raw).__name__}; a mapping of keys is needed")
     for override in overrides:
-        _apply(raw, override)
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise UserError(f"--set {shown(override)}: give key=value, as in prune.ratio=0.3")
+        set_value(raw, key, read_value(kind, key, text))
     return parse_recipe(kind, raw, where=f"recipe {name}")
 
 
@@ -336,36 +351,91 @@ def parse_recipe(kind: type[R], raw: dict[str, Any], where: str = "recipe") -> R
     try:
         return kind.model_validate(raw)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"]) or "recipe"
+        first, place = _first(kind, error)
+        key = shown(".".join(map(str, place)) or "recipe")
         if first["type"] == "extra_forbidden":
-            raise UserError(f"{where}: unknown key '{key}'; known here: {_known(kind, first['loc'])}") from error
-        raise UserError(f"{where}: {key} is {first.get('input')!r}: {first['msg']}") from error
+            raise UserError(f"{where}: unknown key '{key}'; known here: {_known(kind, place)}") from error
+        raise UserError(f"{where}: {key} is {shown(repr(first.get('input')))}: {first['msg']}") from error
+
+
+def read_value(kind: type[BaseModel], key: str, text: str) -> Any:
+    """What a word of the shell means for a key: itself where the key holds text, else what it wholly reads as.
+
+    `null`, `~`, `none` and nothing at all mean `None` where a key need hold no text. A word that reads as nothing
+    else stays one, and is refused with the recipe.
+    """
+    kept = _annotation(kind, key)
+    if kept is str:
+        return text
+    if kept == (str | None):
+        return None if text.lower() in ("", "~", "null", "none") else text
+    try:
+        return plain.parse(text, comments=False)
+    except ValueError:
+        return text
+
+
+def set_value(raw: dict[str, Any], key: str, value: Any) -> None:
+    """Set one `key.sub` in place."""
+    *parents, last = key.split(".")
+    if len(parents) > _DEEPEST:
+        raise UserError(f"--set {shown(key)}: no key is as deep")
+    for parent in parents:
+        if not isinstance(raw.get(parent), dict):
+            raw[parent] = {}
+        raw = raw[parent]
+    raw[last] = value
+
+
+def holds_text(kind: type[BaseModel], key: str) -> bool:
+    """Whether a key's value is text, so that any word of the shell will do."""
+    return _annotation(kind, key) in (str, str | None)
+
+
+def _annotation(kind: type[BaseModel] | None, key: str) -> Any:
+    """The type of a key's value; `None` where no such key is known."""
+    annotation: Any = kind
+    for part in key.split("."):
+        kind = _part(annotation)
+        if kind is None or part not in kind.model_fields:
+            return None
+        annotation = kind.model_fields[part].annotation
+    return annotation
+
+
+def _part(annotation: Any) -> type[BaseModel] | None:
+    """The recipe part that a key may hold, alone or in a list."""
+    options = [annotation, *get_args(annotation)]
+    return next((option for option in options if isinstance(option, type) and issubclass(option, BaseModel)), None)
+
+
+def _first(kind: type[BaseModel], error: ValidationError) -> tuple[Any, tuple[int | str, ...]]:
+    """The first mistake and its key, without pydantic's names for the branches of a union, of which the one that got
+    farthest says what is wrong."""
+    found = [(each, _place(kind, each["loc"])) for each in error.errors()]
+    key = _names(found[0][1])
+    return max((each for each in found if _names(each[1]) == key), key=lambda each: len(each[0]["loc"]))
+
+
+def _names(place: tuple[int | str, ...]) -> tuple[str, ...]:
+    return tuple(part for part in place if isinstance(part, str))
+
+
+def _place(kind: type[BaseModel] | None, location: tuple[int | str, ...]) -> tuple[int | str, ...]:
+    place: list[int | str] = []
+    for part in location:
+        if isinstance(part, int):
+            place.append(part)
+        elif kind is not None:
+            place.append(part)
+            kind = _part(kind.model_fields[part].annotation) if part in kind.model_fields else None
+    return tuple(place)
 
 
 def _known(kind: type[BaseModel], location: tuple[int | str, ...]) -> str:
     """The keys that the recipe part holding `location` knows."""
-    for part in location[:-1]:
-        if isinstance(part, int):  # a place in a list
+    for name in location[:-1]:
+        if isinstance(name, int):  # a place in a list
             continue
-        annotation = kind.model_fields[str(part)].annotation
-        options = [annotation, *get_args(annotation)]
-        kind = next(option for option in options if isinstance(option, type) and issubclass(option, BaseModel))
+        kind = _part(kind.model_fields[name].annotation) or kind
     return ", ".join(kind.model_fields)
-
-
-def _apply(raw: dict[str, Any], override: str) -> None:
-    """Set one `key.sub=value` in place; the value is read as YAML."""
-    key, equals, value = override.partition("=")
-    if not equals or not key:
-        raise UserError(f"--set {override}: give key=value, as in prune.ratio=0.3")
-    *parents, last = key.split(".")
-    part = raw
-    for parent in parents:
-        if not isinstance(part.get(parent), dict):
-            part[parent] = {}
-        part = part[parent]
-    try:
-        part[last] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise UserError(f"--set {override}: the value is no YAML") from error

@@ -9,6 +9,7 @@ from typing import Any
 
 from eval.errors import UserError
 from eval.results import Results, load_results, save_text
+from pipeline.stale import stale_caveat
 from plots import FIGURES, agreement, findings, quality, quantization, tasks, tradeoff, versus
 from plots.numbers import NONE
 from plots.rows import by_kind, count, measured
@@ -17,6 +18,7 @@ from plots.table import text_table as table
 
 __all__ = ["markdown_table", "table", "templates", "write_comparison", "write_report"]
 
+REPORTS = ("report.md", "report.html")
 _TEMPLATES = Path(__file__).parent / "templates"
 _PARTS = ("recipe", "machine", "versions")
 _CAPTIONS = {
@@ -51,7 +53,8 @@ def write_report(run_folder: Path) -> Path:
     drawn = draw_all(results, run_folder / "plots")
     environment = templates()
     facts = _facts(results, {path.stem: path for path in drawn if path.suffix == ".svg"})
-    for name in ("report.md", "report.html"):
+    facts["caveats"] = [*stale_caveat(run_folder, results), *facts["caveats"]]
+    for name in REPORTS:
         save_text(environment.get_template(f"{name}.j2").render(facts), run_folder / name)
     return run_folder / "report.html"
 
@@ -69,6 +72,8 @@ def write_comparison(a: Path, b: Path, out: Path | None = None) -> tuple[Path, v
     if path.is_dir() or not path.parent.is_dir():
         raise UserError(f"--out {path}: give a file, such as comparison.html, in a folder that exists")
     found = versus.compare(*results)
+    for name, folder, each in zip("BA", (b, a), results[::-1], strict=True):
+        found.caveats[:0] = [f"In {name}, {line}" for line in stale_caveat(folder, each)]
     runs = [each.run for each in results]
     page = (
         templates()

@@ -1,25 +1,26 @@
 """Order the stages, skip what is up to date, resume what was cut off, measure, report."""
 
 import contextlib
+import json
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from datetime import UTC, datetime
 from pathlib import Path
 
-import yaml
-
-from eval.errors import UserError
-from eval.results import CurvePoint, Heads, Results, save_results, save_text
-from pipeline import hardware
-from pipeline.artifacts import RunFolder, disk_errors, fingerprint, git_commit, versions
+from eval.errors import UserError, shown
+from eval.results import CurvePoint, Heads, Results, load_results, save_results, save_text
+from pipeline import hardware, plain
+from pipeline.artifacts import Manifest, RunFolder, disk_errors, fingerprint, git_commit, refuse_strangers, versions
+from pipeline.choices import differences, kept_recipe, listed, written_by_a_run
 from pipeline.data import sha256_text
 from pipeline.measure import Measurer, check_lengths, load_tasks
 from pipeline.model import CompactGPT2Config
 from pipeline.recipe import Recipe
-from pipeline.report import write_report
+from pipeline.report import REPORTS, write_report
 from pipeline.stages import BY_NAME, STAGES, Job, Stage
+from pipeline.stages.load import resolve
 from pipeline.store import Store
 from pipeline.texts import load_text, refuse_overlap
 from pipeline.tracking import Tracking
@@ -28,6 +29,9 @@ from pipeline.training import is_main_process, world_size
 _HEADS = tuple(field.name for field in fields(Heads))
 RESULTS = "results.json"
 RECIPE = "recipe.yaml"
+MEASURE = "measure"
+"""What comes after all stages, as --force names it."""
+_ORDER = (*BY_NAME, MEASURE)
 
 
 class Runner:
@@ -46,14 +50,20 @@ class Runner:
         self._digests: dict[str, str] = {}
 
     def execute(self, *, until: str | None = None, force: Sequence[str] = ()) -> Results:
-        """Make all stages (up to `until`), measure them side by side, write results and report."""
+        """Make all stages (up to `until`), measure them side by side, write results and report.
+
+        What is finished there by other choices is refused, but for `force`d stages and those after them;
+        `measure`, the last, are the measurements.
+        """
         wanted = self._plan(until)
         for name in force:
-            if name not in BY_NAME:
-                raise UserError(f"--force {name}: no such stage; give one of {', '.join(BY_NAME)}")
+            if name not in (*BY_NAME, MEASURE):
+                raise UserError(f"--force {name}: no such stage; give one of {', '.join((*BY_NAME, MEASURE))}")
+        self._check(wanted)
         with self.run.locked(), disk_errors(self.run.path):
-            self._make(wanted, force)
-            results = self._results([stage.name for stage in wanted], latency=True)
+            with self._recipe_kept():
+                self._make(wanted, force)
+                results = self._results([stage.name for stage in wanted], latency=True)
             save_results(results, self.run.path / RESULTS)
             write_report(self.run.path)
             self.tracking.called(f"{self.recipe.name}-stages").table(results, self.run.path / RESULTS)
@@ -61,13 +71,21 @@ class Runner:
 
     def build(self) -> None:
         """Make all stages and measure nothing."""
-        with self.run.locked(), disk_errors(self.run.path):
-            self._make(self._plan(None), ())
+        wanted = self._plan(None)
+        self._check(wanted)
+        with self.run.locked(), disk_errors(self.run.path), self._recipe_kept():
+            self._make(wanted, ())
 
     def _make(self, wanted: Sequence[Stage], force: Sequence[str]) -> None:
-        self._check_texts(wanted)
-        load_tasks(self.recipe.measure.tasks)
-        self._keep_recipe()
+        for stage in wanted:
+            if stage.name in force:
+                self.run.replaceable(stage.name)
+            else:
+                self.run.manifest(stage.name)  # which says so if it is damaged
+        allowed = min((_ORDER.index(name) for name in force), default=len(_ORDER))
+        for where, what in self.other_choices(wanted):
+            if _ORDER.index(where) < allowed:
+                raise UserError(f"{self.run.path}: {what}; give another --out, or --force {where}")
         for stage in wanted:
             self._bring_up_to_date(stage, stage.name in force)
             if stage.name == "load":
@@ -78,14 +96,23 @@ class Runner:
         """Make one stage from the stages before it, which must be there; then measure its quality."""
         stage = BY_NAME[name]
         if world_size() > 1:
-            self._stage_with_others(stage)
+            self._stage_with_others(stage, force)
             return Results(run={}, rows=[])
+        self._check([stage])
         with self.run.locked(), disk_errors(self.run.path):
-            self._check_texts([stage])
-            self._require(stage)
-            self._keep_recipe()
-            self._bring_up_to_date(stage, force)
-            return self._results([name], latency=False)
+            self._acceptable(stage, force)
+            with self._recipe_kept():
+                self._bring_up_to_date(stage, force)
+                return self._results([name], latency=False)
+
+    def _acceptable(self, stage: Stage, force: bool) -> None:
+        """What one stage alone needs: the stages before it, and that nothing is finished by other choices."""
+        self._require(stage)
+        if force:
+            self.run.replaceable(stage.name)
+            return
+        for _, what in self.other_choices([stage]):
+            raise UserError(f"{self.run.path}: {what}; give another --out, or --force")
 
     def _results(self, stages: Sequence[str], *, latency: bool) -> Results:
         """Rows, heads and curves of finished stages."""
@@ -98,6 +125,7 @@ class Runner:
                 "machine": {"cpu": hardware.cpu(), "gpu": hardware.gpu()},
                 "versions": versions(),
                 "git_commit": git_commit(),
+                "stages": {name: manifest.content for name, manifest in manifests.items()},
                 "date": datetime.now(UTC).isoformat(timespec="seconds"),
                 "seconds": {name: manifest.seconds for name, manifest in manifests.items()},
                 "training_seconds": {
@@ -177,24 +205,120 @@ class Runner:
             self._digests[source] = sha256_text(load_text(source))
         return self._digests[source]
 
-    def _check_texts(self, stages: Sequence[Stage]) -> None:
-        """Before any work: the texts can be had, and none is also what the model will be judged on."""
-        sources = dict.fromkeys(source for stage in stages for source in stage.reads(self.recipe))
-        if sources:
-            evaluation = load_text(self.recipe.data.evaluation)
-            for source in sources:
-                refuse_overlap(source, load_text(source), evaluation)
+    def _check(self, wanted: Sequence[Stage]) -> None:
+        """Before anything is written: the folder is no other's, the model, texts and tasks can be had, lengths fit."""
+        self._refuse_strangers()
+        if BY_NAME["load"] in wanted:
+            model = resolve(self.recipe.load.source, self.recipe.load.revision)
+            with contextlib.suppress(OSError, ValueError, AttributeError):  # what is wrong there, loading says
+                positions = json.loads((model / "config.json").read_text(encoding="utf-8")).get("n_positions")
+                if isinstance(positions, int) and positions > 0:
+                    check_lengths(self.recipe.measure, positions)
+        evaluation = load_text(self.recipe.data.evaluation)
+        for source in dict.fromkeys(source for stage in wanted for source in stage.reads(self.recipe)):
+            refuse_overlap(source, load_text(source), evaluation)
+        load_tasks(self.recipe.measure.tasks)
 
-    def _keep_recipe(self) -> None:
-        save_text(yaml.safe_dump(self.recipe.model_dump(mode="json"), sort_keys=False), self.run.path / RECIPE)
+    def _refuse_strangers(self) -> None:
+        path = self.run.path / RECIPE
+        if any(self._finished(stage) for stage in STAGES) or self._last_results() or written_by_a_run(path):
+            return
+        refuse_strangers(self.run.path, (*BY_NAME, "measurements", "plots", RESULTS, *REPORTS), "run")
+        if path.exists() and kept_recipe(path) != self.recipe:
+            raise UserError(f"{path}: not written by a run, so none replaces it; give another --out")
+
+    def other_choices(self, wanted: Sequence[Stage]) -> Iterator[tuple[str, str]]:
+        """What is finished in the folder by other choices than the recipe's: the stage, or `measure`, and how it
+        differs; the earliest first. Of the stages that are not `wanted` no text is read.
+
+        A recipe that the folder keeps already is no other choice, whatever was measured before.
+        """
+        for stage in STAGES:
+            manifest = self._finished(stage)
+            changes = self._changes(stage, manifest, stage in wanted) if manifest else []
+            if changes:
+                yield stage.name, f"{stage.name} was made by other choices ({listed(changes)})"
+        results = self._last_results()
+        if results is None:
+            return
+        changes = []
+        if kept_recipe(self.run.path / RECIPE) != self.recipe:
+            defaults = Recipe().model_dump(mode="json")
+            changes = differences(results.run.get("recipe"), self.recipe.model_dump(mode="json"), defaults)
+        evaluation = self._digest(self.recipe.data.evaluation)
+        if not changes and any(row.quality and row.quality.text_sha256 != evaluation for row in results.rows):
+            changes = [f"{self.recipe.data.evaluation} was another text"]
+        if changes:
+            yield MEASURE, f"it was measured by other choices ({listed(changes)})"
+
+    def _changes(self, stage: Stage, manifest: Manifest, read: bool) -> list[str]:
+        """How the choices that made a stage differ from the recipe's, each by its key; with `read`, its texts too."""
+        defaults = Recipe().model_dump(mode="json").get(stage.part, {})
+        chosen = stage.config(self.recipe)
+        changes = []
+        if chosen.pop("content", None) != manifest.config.get("content"):
+            changes = [f"{self.recipe.load.source} was another model"]
+        seed = [manifest.config.get("seed"), chosen.pop("seed", None)]
+        if seed[0] != seed[1]:
+            changes.append(f"seed was {seed[0]}, is {seed[1]}")
+        was = {key: value for key, value in manifest.config.items() if key not in ("content", "seed")}
+        # One that is left out stands for its default, on either side.
+        changes = differences({stage.part: was}, {stage.part: defaults | chosen}, {stage.part: defaults}) + changes
+        key = "data.train" if stage.part == "finetune" else "data.calibration"
+        for source in stage.reads(self.recipe):
+            if source not in manifest.texts:
+                changes.append(f"{key} was {shown(', '.join(manifest.texts) or 'none')}, is {source}")
+            elif read and manifest.texts[source] != self._digest(source):
+                changes.append(f"{source} was another text")
+        return changes
+
+    def _finished(self, stage: Stage) -> Manifest | None:
+        """The manifest of a stage; `None` where there is none, or a damaged one."""
+        try:
+            return self.run.manifest(stage.name)
+        except UserError:
+            return None
+
+    def _last_results(self) -> Results | None:
+        try:
+            return load_results(self.run.path / RESULTS)
+        except UserError:
+            return None
+
+    @contextlib.contextmanager
+    def _recipe_kept(self) -> Iterator[None]:
+        """Keep the recipe in the folder, so that recipe.yaml always tells of work that was accepted.
+
+        Beside results it changes only when the work within is done. Before there are any it is written at once, so
+        that a killed run goes on by it; but work that fails before a stage was finished leaves what was there.
+        """
+        path = self.run.path / RECIPE
+        finished = self._last_results() is not None
+        before = path.read_text(encoding="utf-8") if path.exists() else None
+        stages = [self._finished(stage) for stage in STAGES]
+        if not finished:
+            self._write_recipe(path)
+        try:
+            yield
+        except Exception:
+            if not finished and stages == [self._finished(stage) for stage in STAGES]:
+                path.unlink() if before is None else save_text(before, path)
+            raise
+        self._write_recipe(path)
+
+    def _write_recipe(self, path: Path) -> None:
+        if kept_recipe(path) != self.recipe:
+            save_text(plain.dump(self.recipe.model_dump(mode="json")), path)
 
     def _require(self, stage: Stage) -> None:
         """Check that what a stage is made from is there, whole, and made by this recipe."""
         for name in self._inputs(stage):
             manifest = self.run.verify(name)
             if manifest.fingerprint != self.fingerprint(BY_NAME[name]):
+                changes = self._changes(BY_NAME[name], manifest, read=True)
                 raise UserError(
-                    f"{self.run.stage(name)}: made with other choices than the recipe's; {self._how_to_make(name)}"
+                    f"{self.run.stage(name)}: made with other choices than the recipe's"
+                    f"{f' ({listed(changes)})' if changes else ''}; {self._how_to_make(name)} --force"
                 )
 
     def _bring_up_to_date(self, stage: Stage, force: bool) -> None:
@@ -211,6 +335,7 @@ class Runner:
             self.run.verify(stage.name)
             print(f"{stage.name}: up to date", file=sys.stderr)
             return
+        self.run.replaceable(stage.name)
         if self.store and not force and self.store.take(stage.name, mark, self.run):
             print(f"{stage.name}: shared", file=sys.stderr)
             return
@@ -233,7 +358,7 @@ class Runner:
         tracking = self.tracking.called(f"{self.recipe.name}-{stage.name}-{self.fingerprint(stage)[:8]}")
         return Job(self.recipe, folder, source, self.device, teacher=self.run.stage("half"), tracking=tracking)
 
-    def _stage_with_others(self, stage: Stage) -> None:
+    def _stage_with_others(self, stage: Stage, force: bool) -> None:
         """Fine-tune under `torchrun` or `accelerate launch`: the first process keeps the folder."""
         from accelerate import PartialState
 
@@ -241,13 +366,13 @@ class Runner:
             raise UserError(f"{stage.name}: works in one process; start it without torchrun or accelerate launch")
         state = PartialState(cpu=self.device == "cpu")
         if is_main_process():
+            self._check([stage])
             with self.run.locked(), disk_errors(self.run.path):
-                self._check_texts([stage])
-                self._require(stage)
-                self._keep_recipe()
-                self.run.partial(stage.name, self.fingerprint(stage))
-                state.wait_for_everyone()
-                self._bring_up_to_date(stage, force=True)
+                self._acceptable(stage, force)
+                with self._recipe_kept():
+                    self.run.partial(stage.name, self.fingerprint(stage))
+                    state.wait_for_everyone()
+                    self._bring_up_to_date(stage, force=True)
         else:
             state.wait_for_everyone()
             stage.build(self._job(stage, self.run.partial(stage.name, self.fingerprint(stage))))

@@ -16,7 +16,15 @@ from eval.errors import UserError, WorkError
 from eval.results import save_json, save_text
 from eval.scaling_law import FLOPS, enough, examine
 from pipeline import hardware, launchers
-from pipeline.artifacts import RunFolder, disk_errors, git_commit, named_hashes, refuse_other_choices, versions
+from pipeline.artifacts import (
+    RunFolder,
+    disk_errors,
+    git_commit,
+    named_hashes,
+    refuse_other_choices,
+    refuse_strangers,
+    versions,
+)
 from pipeline.data import sha256_text
 from pipeline.prepare import TOKENIZER, prepare
 from pipeline.pretrain import deciding_files, new_model, pretrain, shard_blocks, train_tokenizer
@@ -74,8 +82,12 @@ def scaling(recipe: Scaling, files: Sequence[Path], out: Path, *, workers: int =
         raise UserError("scaling: each training is one process; start it without torchrun, with --workers for several")
     if recipe.pretrain.max_bytes is not None:
         raise UserError("recipe: pretrain.max_bytes has no meaning here: budgets say how much text is read")
+    family_file = out / "family.json"
+    if not family_file.exists():
+        # Not its data: the family is not kept before they are there.
+        refuse_strangers(out, ("runs", "scaling.*"), "family")
     with RunFolder(out).locked(), disk_errors(out):
-        family_file, kept = out / "family.json", _kept(recipe, files)
+        kept = _kept(recipe, files)
         refuse_other_choices(kept, family_file, "family")
         with _our_keys():
             template = recipe.pretrain if recipe.pretrain.shards else _prepared(recipe.pretrain, files, out / "data")
@@ -199,6 +211,8 @@ def _prepared(template: Pretrain, files: Sequence[Path], folder: Path) -> Pretra
     if not texts:
         # As it is judged: with rows joined WikiText's way.
         texts = [folder / "embedded.txt"]
+        if texts[0].exists() and texts[0].read_bytes() != load_text("embedded:train").encode():
+            refuse_strangers(folder, [texts[0].name], "text")
         save_text(load_text("embedded:train"), texts[0])
     train_tokenizer(template, texts, folder)
     prepare(

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from eval.errors import UserError
-from pipeline.artifacts import RunFolder, replace_folder, sync
+from pipeline.artifacts import RunFolder, lock_file, replace_folder, sync
 
 
 class Store:
@@ -22,7 +22,7 @@ class Store:
     def claimed(self, name: str, mark: str) -> Iterator[None]:
         """Wait until no other process makes this stage; the claim falls with the process, however it ends."""
         with (self.stages.path / f".{name}-{mark}.lock").open("w") as lock:
-            fcntl.lockf(lock, fcntl.LOCK_EX)
+            lock_file(lock, fcntl.LOCK_EX, self.stages.path)
             yield
 
     def take(self, name: str, mark: str, run: RunFolder) -> bool:

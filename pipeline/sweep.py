@@ -1,8 +1,7 @@
 """Many runs that differ in a few choices: stages are shared, made in parallel, and measured one point at a time."""
 
+import contextlib
 import itertools
-import json
-import re
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -10,33 +9,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from eval.errors import UserError
 from eval.results import Results, load_results, save_json, save_text
 from pipeline import hardware, launchers
-from pipeline.artifacts import RunFolder, disk_errors, fingerprint
+from pipeline.artifacts import RunFolder, disk_errors
+from pipeline.grids import Point, expand
 from pipeline.launchers import Launcher, Local, Ray, Task
-from pipeline.recipe import Recipe, load_recipe
-from pipeline.runner import RESULTS
-from pipeline.stages import BY_NAME
+from pipeline.runner import RESULTS, Runner
+from pipeline.stages import BY_NAME, STAGES
 from pipeline.store import link
 
-
-@dataclass(frozen=True)
-class Point:
-    """One combination of the grid."""
-
-    choices: dict[str, Any]
-    """Recipe key -> value."""
-    recipe: Recipe
-
-    @property
-    def name(self) -> str:
-        """A folder name, the same for the same choices."""
-        plain = ",".join(f"{key}={value}" for key, value in self.choices.items())
-        safe = re.sub(r"[^\w.,=+-]", "_", plain)[:100]
-        return plain if plain == safe else f"{safe}-{fingerprint(self.choices)}"
+__all__ = ["Outcome", "Point", "expand", "plain", "report", "sweep"]
 
 
 @dataclass
@@ -46,44 +29,6 @@ class Outcome:
     point: Point
     results: Results | None = None
     failure: str | None = None
-
-
-def expand(recipe: str, grids: Sequence[str], changes: Sequence[str] = ()) -> list[Point]:
-    """All combinations of `grids` (`KEY=VALUE,VALUE...`; values as YAML) on a recipe, the last key fastest.
-
-    Raises `UserError` for a grid that cannot be read, or a point whose recipe is wrong.
-    """
-    axes: dict[str, list[Any]] = {}
-    for grid in grids:
-        key, _, text = grid.partition("=")
-        try:
-            values = yaml.safe_load(f"[{text}]")
-        except yaml.YAMLError:
-            values = []
-        if not key or not values or None in values:
-            raise UserError(f"--grid {grid}: give KEY=VALUE,VALUE as in prune.ratio=0.1,0.2,0.4")
-        if key in axes:
-            raise UserError(f"--grid {grid}: the key is given twice")
-        axes[key] = values
-    if not axes:
-        raise UserError("--grid is missing: give KEY=VALUE,VALUE as in prune.ratio=0.1,0.2,0.4")
-    points = []
-    for values in itertools.product(*axes.values()):
-        overrides = [f"{key}={json.dumps(value)}" for key, value in zip(axes, values, strict=True)]
-        chosen = load_recipe(Recipe, recipe, [*changes, *overrides])
-        points.append(Point({key: _value(chosen, key) for key in axes}, chosen))
-    for name, count in Counter(point.name for point in points).items():
-        if count > 1:
-            raise UserError(f"--grid: {name} is given twice; give each value once")
-    return points
-
-
-def _value(recipe: Recipe, key: str) -> Any:
-    """What the recipe makes of a value: 0.001 of 1e-3, which YAML takes for a word."""
-    value: Any = recipe.model_dump(mode="json")
-    for part in key.split("."):
-        value = value[part]
-    return value
 
 
 def sweep(points: Sequence[Point], out: Path, *, launcher: str = "local", workers: int = 1) -> list[Outcome]:
@@ -98,6 +43,7 @@ def sweep(points: Sequence[Point], out: Path, *, launcher: str = "local", worker
     if launcher not in ("local", "ray"):
         raise UserError(f"--launcher {launcher}: give local or ray")
     out = out.absolute()  # other machines have other working directories
+    _refuse_other_choices(points, out)
     outcomes = [Outcome(point) for point in points]
     with RunFolder(out).locked(), disk_errors(out):
         local = Local()
@@ -120,6 +66,16 @@ def sweep(points: Sequence[Point], out: Path, *, launcher: str = "local", worker
 
 def _folder(out: Path, point: Point) -> Path:
     return out / "points" / point.name
+
+
+def _refuse_other_choices(points: Sequence[Point], out: Path) -> None:
+    """Raise `UserError` where a point was worked on by another recipe than this sweep's."""
+    for folder, point in ((_folder(out, point), point) for point in points):
+        found: list[tuple[str, str]] = []
+        with contextlib.suppress(UserError):  # what a point misses is told when its turn comes
+            found = [*Runner(point.recipe, folder).other_choices(STAGES)] if folder.exists() else []
+        if found:
+            raise UserError(f"{folder}: {found[0][1]}; give another --out, or delete it")
 
 
 def _leaders_first(outcomes: Sequence[Outcome]) -> list[Outcome]:

@@ -3,7 +3,7 @@
 import contextlib
 import importlib.util
 import os
-import shutil
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,8 +33,8 @@ class Tracking:
             raise UserError(f"--track {self.kind}: {self.kind} is not installed; pip install {self.kind}")
 
     def called(self, name: str) -> Self:
-        """The same place, another run in it."""
-        return replace(self, name=name)
+        """The same place, another run in it; its folder is below the place, whatever the name holds."""
+        return replace(self, name=re.sub(r"[^\w.,=+-]", "_", name, flags=re.ASCII)[:200])
 
     @contextlib.contextmanager
     def training(self) -> Iterator[str]:
@@ -56,7 +56,8 @@ class Tracking:
         if self.kind == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
 
-            shutil.rmtree(self.folder / self.name, ignore_errors=True)
+            for earlier in (self.folder / self.name).glob("events.out.tfevents.*"):
+                earlier.unlink()
             with SummaryWriter(str(self.folder / self.name)) as writer:
                 writer.add_text("stages", markdown_table(results))
                 for tag, value in _numbers(results).items():

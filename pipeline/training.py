@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import statistics
 import sys
@@ -189,10 +190,14 @@ def collate(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     return batch
 
 
+def checkpoints(folder: Path) -> list[Path]:
+    """The folders that the trainer made in `folder`; others' names say no step."""
+    return [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-[0-9]{1,18}", path.name)]
+
+
 def last_checkpoint(folder: Path) -> str | None:
     """The last whole checkpoint in `folder`; what a kill cut off is deleted."""
-    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
-    for path in found:
+    for path in sorted(checkpoints(folder), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
         try:
             # The trainer writes this file last.
             json.loads((path / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
@@ -224,10 +229,10 @@ class Rollbacks:
 
 def drop_checkpoints(folder: Path) -> None:
     """Delete the checkpoints in `folder`; cut off in between, those that are left are whole or known not to be."""
-    checkpoints = list(folder.glob("checkpoint-*"))
-    for checkpoint in checkpoints:
+    found = checkpoints(folder)
+    for checkpoint in found:
         (checkpoint / TRAINER_STATE_NAME).unlink(missing_ok=True)
-    for checkpoint in checkpoints:
+    for checkpoint in found:
         shutil.rmtree(checkpoint)
 
 

@@ -7,7 +7,7 @@ import torch
 
 import cuda_ext
 from cuda_ext import CudaExtError, Engine, ops
-from cuda_ext.packing import Packed, pack
+from cuda_ext.packing import Packed, pack, read_shape, unsupported
 from eval.errors import UserError, reason
 from pipeline import hardware
 
@@ -21,6 +21,14 @@ def why_not() -> str | None:
         except CudaExtError as error:
             missing = reason(error)
     return missing
+
+
+def why_not_model(folder: Path) -> str | None:
+    """Why the kernels cannot run the model of a folder on any machine, in one phrase; None where they can."""
+    try:
+        return unsupported(read_shape(folder))
+    except CudaExtError as error:
+        return reason(error).removeprefix(f"{folder / 'config.json'}: ")
 
 
 class CudaEngine:
@@ -46,9 +54,10 @@ class CudaEngine:
         """
         if precision not in (None, "fp16"):
             raise UserError(f"engine cuda: precision {precision!r}; it runs fp16 alone")
-        reason = None if device == "cpu" else why_not()
-        if reason is not None:
-            raise UserError(f"engine cuda: {reason}; give --engine torch")
+        # What no machine mends comes first.
+        why = None if device == "cpu" else why_not_model(folder) or why_not()
+        if why is not None:
+            raise UserError(f"engine cuda: {why}; give --engine torch")
         try:
             return cls(pack(folder), device or "cuda:0")
         except CudaExtError as error:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -53,6 +54,111 @@ def test_help_needs_no_heavy_import() -> None:
 @pytest.mark.parametrize(
     "words",
     [
+        ["run", "--set", "prune.ration=0.2"],
+        ["finetune", "--recipe", "nothing"],
+        ["sweep", "--grid", "prune.ration=0.2"],
+        ["pretrain", "--set", "model.n_kv_head=3"],
+        ["scaling", "--set", "pretrain.model.n_head=x"],
+        ["run", "--colour", "red"],
+    ],
+)
+def test_a_mistyped_choice_is_refused_before_any_heavy_import(words: list[str]) -> None:
+    program = (
+        "import sys\n"
+        "from pipeline.cli import main\n"
+        "try:\n    main()\n"
+        "finally:\n    print(sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)))\n"
+    )
+    command = [sys.executable, "-c", program, *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "[]\n")
+    assert done.stderr.startswith(("error: ", "Usage: ")) and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["generate", "x", "--prompt", os.fsdecode(b"\xff")], 2, "holds bytes that are no utf-8 text"),
+        (["run", "--out", os.fsdecode(b"\xff")], 2, "holds bytes that are no utf-8 text"),
+        (["evaluate", "x" * 300], 2, "File name too long; give a shorter path"),
+        (["run", "--recipe", "x" * 300], 2, "File name too long"),
+    ],
+)
+def test_words_that_no_path_can_be(words: list[str], code: int, said: str, cli) -> None:
+    found, stdout, err = cli(*words)
+    assert (found, stdout, err.count("\n")) == (code, "", 1) and said in err and len(err) < 500
+
+
+@pytest.mark.parametrize("out", ["x" * 300, "loop", "dangling", "file", "file/below", "locked"])
+def test_an_out_that_cannot_be(out: str, cli, tiny_recipe: Path, tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "file").write_text("precious")
+    (tmp_path / "locked" / ".lock").mkdir(parents=True)
+    code, stdout, err = cli("run", "--recipe", tiny_recipe, "--out", tmp_path / out)
+    assert (code, stdout, err.count("\n")) == (2, "", 1) and "give" in err and "Traceback" not in err
+    assert not (tmp_path / "nowhere").exists() and (tmp_path / "file").read_text() == "precious"
+
+
+def test_output_that_cannot_be_written(run_copy: Path) -> None:
+    def call(**options) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", "pipeline", "report", str(run_copy)]
+        return subprocess.run(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, check=False, **options)
+
+    with Path("/dev/full").open("w") as full:
+        done = call(stdout=full)
+    assert done.returncode == 1 and done.stderr.startswith("failed: the output: No space left on device")
+    assert done.stderr.count("\n") == 1
+    done = call(stdout=subprocess.PIPE, env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert (done.returncode, done.stderr) == (0, "") and "Report: " in done.stdout
+
+
+def test_what_nobody_foresaw_is_one_line(cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> None:
+        raise RuntimeError("a bug\nof two lines")
+
+    monkeypatch.setattr("pipeline.doctor.diagnose", broken)
+    code, stdout, err = cli("doctor")
+    assert (code, stdout, err.count("\n")) == (1, "", 1)
+    assert re.match(r"failed: unexpected RuntimeError \(a bug\) at .*test_cli.py:\d+; please report it", err)
+    monkeypatch.setenv("HEADROOM_DEBUG", "1")
+    assert "Traceback" in cli("doctor")[2]
+    monkeypatch.setattr("pipeline.doctor.diagnose", lambda: bytearray(1 << 62))
+    code, _, err = cli("doctor")
+    assert (code, err.count("\n")) == (1, 1) and err.startswith("failed: not enough memory")
+
+
+def test_results_beside_other_stages_are_told(run_copy: Path, finished_run: Path, cli) -> None:
+    assert cli("report", run_copy)[2] == ""
+    path = run_copy / "prune" / "stage.json"
+    manifest = json.loads(path.read_text())
+    manifest["files"]["model/config.json"] = "0" * 64
+    path.write_text(json.dumps(manifest))
+    said = "prune was made again after these results were measured: they tell of other files."
+    code, stdout, err = cli("report", run_copy)
+    assert (code, err) == (0, f"note: {run_copy}: {said}\n")
+    assert said in (run_copy / "report.html").read_text() and said in (run_copy / "report.md").read_text()
+    code, stdout, err = cli("report", finished_run, run_copy, "--out", run_copy / "page.html")
+    assert (code, err) == (0, f"note: {run_copy}: {said}\n") and f"In B, {said}" in stdout
+    assert f"In B, {said}" in (run_copy / "page.html").read_text()
+    code, _, err = cli("export", run_copy, "--to", run_copy.parent / "exported")
+    assert (code, err.count("\n")) == (2, 1) and said.removesuffix(".") in err
+    assert not (run_copy.parent / "exported").exists()
+
+    results = json.loads((run_copy / "results.json").read_text())  # of a version that did not record the stages
+    del results["run"]["stages"]
+    (run_copy / "results.json").write_text(json.dumps(results))
+    assert cli("report", run_copy)[2] == ""
+    path.write_text(json.dumps(manifest | {"date": "2999-01-01T00:00:00+00:00"}))
+    assert said in cli("report", run_copy)[2]
+    del results["run"]["date"]
+    (run_copy / "results.json").write_text(json.dumps(results))
+    assert "made again after these results were measured cannot be told." in cli("report", run_copy)[2]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
         ["nothing"],
         ["run", "--colour", "red"],
         ["evaluate"],
@@ -81,7 +187,7 @@ def test_misuse(words: list[str], cli) -> None:
         (["--set", "prune.ration=0.2"], "unknown key 'prune.ration'"),
         (["--set", "prune.ratio"], "--set prune.ratio: give key=value"),
         (["--set", "=3"], "give key=value"),
-        (["--set", "prune.ratio=[1"], "the value is no YAML"),
+        (["--set", "prune.ratio=[1"], "prune.ratio is '[1': Input should be a valid number"),
         (["--set", "prune=3"], "prune is 3"),
         (["--set", "prune.ratio.deep=3"], "prune.ratio is {'deep': 3}"),
         (["--set", "seed=-1"], "seed is -1"),

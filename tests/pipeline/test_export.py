@@ -1,5 +1,6 @@
 """An export works where Headroom is not, says nothing about this machine's folders, and is whole or absent."""
 
+import ast
 import base64
 import http.server
 import json
@@ -15,11 +16,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from forks import holder
 from safetensors.torch import load_file
 
 from eval.errors import UserError, WorkError
 from pipeline import export as exporting
-from pipeline.artifacts import sha256_tree
+from pipeline.artifacts import RunFolder, sha256_tree
 from pipeline.checkpoint import load_model
 from pipeline.engines.openvino import OpenVINOEngine
 from pipeline.model import CompactGPT2LMHeadModel
@@ -161,6 +163,42 @@ def test_only_an_export_is_replaced(shared: Path, run_copy: Path, tmp_path: Path
     assert code == 2 and "finetune/model/model.safetensors: not what its manifest says" in err
     assert sha256_tree(to) == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run"]
+
+
+@pytest.mark.parametrize("name", [".", "..", "", "file/x", "run/export", "run", "link", "x" * 250])
+def test_places_that_no_export_can_take(name: str, run_copy: Path, tmp_path: Path, cli: Callable, monkeypatch) -> None:
+    (tmp_path / "file").write_text("precious")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "headroom.json").write_text('{"export": 1}')  # even if it looks like one
+    monkeypatch.chdir(tmp_path)
+    before = sha256_tree(tmp_path)
+    code, out, err = cli("export", "run", "--to", name, "--force")
+    assert (code, out, err.count("\n")) == (2, "", 1) and "give" in err
+    assert sha256_tree(tmp_path) == before
+
+
+def test_only_what_the_manifest_names_goes_out(run_copy: Path, tmp_path: Path) -> None:
+    for folder in ("finetune/model_fp16", "quantize/model"):
+        (run_copy / folder / "pytorch_model.bin").write_bytes(b"a pickle")
+        (run_copy / folder / "private").mkdir()
+        (run_copy / folder / "private" / "notes.txt").write_text("a secret")
+    to = exporting.export(run_copy, tmp_path / 'a "name" with ``` and \\ in it')
+    assert not [path for path in to.rglob("*") if path.name in ("pytorch_model.bin", "private", "notes.txt")]
+    code = (to / "README.md").read_text().partition("```python\n")[2].partition("\n```")[0]
+    names = [node.value for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Constant)]
+    assert names.count(to.name) == 2
+
+
+def test_a_run_that_may_not_be_written(run_copy: Path, tmp_path: Path) -> None:
+    (run_copy / ".lock").chmod(0o444)
+    before = {path: path.stat().st_mtime_ns for path in run_copy.rglob("*")}
+    exporting.export(run_copy, tmp_path / "out")
+    (run_copy / ".lock").unlink()
+    exporting.export(run_copy, tmp_path / "out", force=True)
+    assert {path: path.stat().st_mtime_ns for path in run_copy.rglob("*") if path.is_file()}.items() <= before.items()
+    RunFolder(run_copy).path.joinpath(".lock").touch()
+    with holder(run_copy), pytest.raises(UserError, match="another run is at work here"):
+        exporting.export(run_copy, tmp_path / "out", force=True)
 
 
 def test_cut_off_it_leaves_the_old_one(shared: Path, run_copy: Path, tmp_path: Path, monkeypatch) -> None:

@@ -130,7 +130,7 @@ def test_what_was_measured_is_kept_until_it_changes(
 
     seen.clear()
     changes = ("measure.stride=16", "measure.latency=false", "measure.agreement_tokens=0")
-    assert runner(run_copy, tiny_recipe, *changes).execute(until="half").agreement is None
+    assert runner(run_copy, tiny_recipe, *changes).execute(until="half", force=["measure"]).agreement is None
     assert seen == ["load/torch/cpu/fp32", "half/torch/cpu/fp16"]
 
 
@@ -164,7 +164,8 @@ def test_tasks_are_asked_once(
 
     changes = ["measure.tasks.names=[lambada, hellaswag]", f"measure.tasks.data={task_data}", "measure.tasks.limit=4"]
     seen = counted(monkeypatch)
-    rows = runner(run_copy, tiny_recipe, *changes, "measure.agreement_tokens=0").execute(until="half").rows
+    choices = (*changes, "measure.agreement_tokens=0")
+    rows = runner(run_copy, tiny_recipe, *choices).execute(until="half", force=["measure"]).rows
     assert seen.count("half/torch/cpu/fp16") == 1  # for the tasks alone: its quality was measured before
     documents = {name: load_documents(name, task_data) for name in ("lambada", "hellaswag")}
     lm = EngineLM(load_engine("torch", tiny_folder, device="cpu"), tiny_tokenizer, encode)
@@ -172,13 +173,14 @@ def test_tasks_are_asked_once(
     assert not rows[1].tasks or torch.cuda.is_available()
     assert not list((run_copy / "measurements").glob(".responses*"))
     seen.clear()
-    again = runner(run_copy, tiny_recipe, *changes, "measure.agreement_tokens=0").execute(until="half").rows
+    again = runner(run_copy, tiny_recipe, *choices).execute(until="half").rows
     assert not seen and [row.tasks for row in again] == [row.tasks for row in rows]
     assert "What can they do?" in (run_copy / "report.md").read_text(encoding="utf-8")
 
 
 def test_memory_comes_from_a_fresh_process(run_copy: Path, tiny_recipe: Path) -> None:
-    results = runner(run_copy, tiny_recipe, "measure.memory=true", "measure.latency=false").execute(until="load")
+    changes = ("measure.memory=true", "measure.latency=false")
+    results = runner(run_copy, tiny_recipe, *changes).execute(until="load", force=["measure"])
     memory = results.rows[0].memory
     assert memory is not None
     assert 0 < memory.baseline_rss <= memory.rss <= memory.peak_rss and memory.uss <= memory.rss

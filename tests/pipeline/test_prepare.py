@@ -1,5 +1,6 @@
 """A corpus to shards: what is in them, that neither processes nor kills change a byte, and what is refused."""
 
+import contextlib
 import itertools
 import json
 import lzma
@@ -327,12 +328,26 @@ def test_the_folder_holds_something_else(corpus: Path, tokenizer: Path, tmp_path
     (tmp_path / "foreign" / "fineweb_train_000001.bin").touch()
     with pytest.raises(UserError, match="shards of another origin"):
         make(corpus, tmp_path / "foreign", tokenizer)
-    for name, content in (("state.db", b"no database at all"), ("manifest.json", b"{"), ("manifest.json", b"[]")):
-        folder = tmp_path / f"damaged{name}{len(content)}"
-        folder.mkdir()
-        (folder / name).write_bytes(content)
+    for name, content in (("manifest.json", b"{"), ("manifest.json", b"[]")):
+        (out / name).write_bytes(content)
         with pytest.raises(UserError, match=rf"{name}: damaged"):
-            make(corpus, folder, tokenizer)
+            make(corpus, out, tokenizer)
+
+
+@pytest.mark.parametrize("name", ["tokenizer/mine.json", "manifest.json", "state.db", "others.db"])
+def test_a_folder_of_somebody_else(name: str, corpus: Path, tokenizer: Path, tmp_path: Path) -> None:
+    path = tmp_path / "theirs" / name.replace("others.db", "state.db")
+    path.parent.mkdir(parents=True)
+    if name == "others.db":  # a database, but another program's
+        with contextlib.closing(sqlite3.connect(path)) as database:
+            database.execute("CREATE TABLE thesis (chapter TEXT)")
+    else:
+        path.write_text("years of work")
+    before = path.read_bytes()
+    with pytest.raises(UserError, match=r"theirs: holds .*, but no preparation of Headroom's; give another --out"):
+        make(corpus, tmp_path / "theirs", tokenizer)
+    assert path.read_bytes() == before
+    assert [each for each in (tmp_path / "theirs").rglob("*") if each.is_file()] == [path]
 
 
 def test_a_finished_folder(corpus: Path, tokenizer: Path, tmp_path: Path) -> None:

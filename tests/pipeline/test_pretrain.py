@@ -26,7 +26,7 @@ from pipeline.pretrain import pretrain
 from pipeline.recipe import Pretrain, parse_recipe
 from pipeline.shards import ShardBlocks, ShuffledBlocks, find_shards
 from pipeline.tokenizer import load_tokenizer
-from pipeline.training import collate
+from pipeline.training import collate, drop_checkpoints, last_checkpoint
 from pipeline.wikitext import DOCUMENT_MARK
 
 CHOICES = {
@@ -404,3 +404,27 @@ def test_the_command(cli, files: list[Path], tiny_texts: dict[str, Path], tmp_pa
     for given in ((), (*words, "--set", "shards=somewhere")):
         code, stdout, err = cli("pretrain", "--recipe", path, *given, "--out", tmp_path / "out")
         assert (code, stdout, err.count("\n")) == (2, "", 1) and "either --text FILES or --set shards=FOLDER" in err
+
+
+@pytest.mark.parametrize(
+    "name", ["model/thesis.txt", "tokenizer/mine.json", "checkpoint-500/optimizer.pt", "curve.json", "tokens.npy"]
+)
+def test_a_folder_of_somebody_else(name: str, cli, tiny_texts: dict[str, Path], tmp_path: Path) -> None:
+    path = tmp_path / "theirs" / name
+    path.parent.mkdir(parents=True)
+    path.write_text("years of work")
+    code, stdout, err = cli("pretrain", "--text", tiny_texts["train"], "--out", tmp_path / "theirs")
+    assert (code, stdout, err.count("\n")) == (2, "", 1)
+    top = name.partition("/")[0]
+    assert f"theirs: holds {top}, but no training of Headroom's; give another --out" in err
+    assert [each for each in (tmp_path / "theirs").rglob("*") if each.is_file()] == [path]
+    assert path.read_text() == "years of work"
+
+
+def test_checkpoints_are_those_that_name_a_step(tmp_path: Path) -> None:
+    for name in ("checkpoint-7", "checkpoint-best", "checkpoint-"):
+        (tmp_path / name).mkdir()
+    assert last_checkpoint(tmp_path) is None  # 7 was cut off
+    (tmp_path / "checkpoint-9").mkdir()
+    drop_checkpoints(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-", "checkpoint-best"]

@@ -1,10 +1,16 @@
 """Recipes: every key and value is checked before work starts, and each mistake is one clear line."""
 
+import time
+from pathlib import Path
+
 import pytest
 import yaml
 from pydantic import ValidationError
 
 from eval.errors import UserError
+from pipeline import plain
+from pipeline.grids import expand
+from pipeline.model import CompactGPT2Config
 from pipeline.recipe import RECIPES, Pretrain, Recipe, Scaling, load_recipe, parse_recipe
 
 
@@ -156,7 +162,7 @@ def test_overrides_reach_any_depth(recipe_file):
         ("prune.ratio", "give key=value"),
         ("=3", "give key=value"),
         ("", "give key=value"),
-        ("prune.ratio=[", "the value is no YAML"),
+        ("prune.ratio=[", "prune.ratio is '[': Input should be a valid number"),
         ("prune.ratio=2", "prune.ratio is 2"),
         ("prune.ratio=", "prune.ratio is None"),
         ("prune.ratoi=0.2", "unknown key 'prune.ratoi'"),
@@ -168,3 +174,116 @@ def test_overrides_that_are_wrong(recipe_file, override, message):
     with pytest.raises(UserError) as caught:
         load_recipe(Recipe, recipe_file("seed: 1\n"), [override])
     assert message in _message(caught)
+
+
+@pytest.mark.parametrize(
+    "word",
+    ["FOLDER #v2", "a: b", "~", "null", "007", "1e-3", "2024-13-45", "9" * 5000, " x ", "!!int y", "[", "déjà", ""],
+)
+def test_a_key_of_text_takes_the_word(word: str, tmp_path: Path) -> None:
+    recipe = load_recipe(Recipe, "demo", [f"load.source={word}", f"name={word}", f"data.train={word}"])
+    assert (recipe.load.source, recipe.name, recipe.data.train) == (word, word, word)
+    kept = tmp_path / "kept.yaml"
+    kept.write_text(plain.dump(recipe.model_dump(mode="json")))
+    assert load_recipe(Recipe, kept) == recipe
+    if "," not in word and word:
+        assert [point.recipe.name for point in expand("demo", [f"name={word},b"])] == [word, "b"]
+
+
+@pytest.mark.parametrize(
+    ("word", "value"), [("null", None), ("~", None), ("", None), ("None", None), ("v2 #x", "v2 #x")]
+)
+def test_a_key_of_text_or_nothing(word: str, value: str | None) -> None:
+    assert load_recipe(Recipe, "demo", [f"load.revision={word}"]).load.revision == value
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("prune.ratio=0.3 # less", "prune.ratio is '0.3 # less'"),
+        ("prune.scope=global #x", "prune.scope is 'global #x'"),
+        ("seed=" + "9" * 5000, "seed is '999"),
+        ("seed=!!int 3", "seed is '!!int 3'"),
+        ("quantize.ignore=" + "[" * 5000, "quantize.ignore is '[[["),
+        ("quantize.ignore=[&a x, *a]", "quantize.ignore is '[&a x, *a]'"),
+        ("load.window=[4, x]", "load.window.1 is 'x'"),
+        ("seed" + ".a" * 5000 + "=1", "no key is as deep"),
+        ("x" * 5000 + "=1", "unknown key 'xxx"),
+    ],
+)
+def test_a_word_that_is_not_wholly_of_the_type(override: str, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_recipe(Recipe, "demo", [override])
+    assert message in _message(caught) and len(_message(caught)) < 700
+
+
+_BOMB = "\n".join(
+    ["a: &a [x]"] + [f"{b}: &{b} [{', '.join(['*' + a] * 9)}]" for a, b in zip("abcdefgh", "bcdefghi", strict=True)]
+)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"!!int y", "a tag in line 1"),
+        (b"name: !!python/name:os.system", "a tag in line 1"),
+        (_BOMB.encode(), "an anchor or alias in line 1"),
+        (b"[" * 60000, "nested deeper than 20 levels"),
+        (b"{a: " * 10000, "nested deeper than 20 levels"),
+        (b"seed: 1\nprune:\n  ratio: 0.1\n  ratio: 0.2\n", "the key 'ratio' is given twice, again in line 4"),
+        (b"x: " + b"y" * 70000, "longer than 65,536 bytes"),
+        (b"seed: 1\n---\nseed: 2\n", "holds several documents"),
+        (b"? [a]\n: 1\n", "a key that is no plain word"),
+        (b'name: "\\0"', "a character that is no text"),
+        (b'name: "\\ud800"', "a character that is no text"),
+        (b"name: \x01", "special characters are not allowed"),
+        ("name: x".encode("utf-16"), "not UTF-8 at byte 0"),
+        (b"name: 2024-13-45\nseed: " + b"9" * 5000, "seed is '999"),
+        (b"name: 7", "name is 7"),
+        (b"prune: ~", "prune is None"),
+    ],
+)
+def test_a_file_is_plain_data(content: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_bytes(content)
+    begun = time.process_time()
+    with pytest.raises(UserError) as caught:
+        load_recipe(Recipe, tmp_path / "mine.yaml")
+    assert message in _message(caught) and len(_message(caught)) < 700
+    assert time.process_time() - begun < 3
+
+
+def test_what_a_file_may_hold(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_bytes(b"\xef\xbb\xbfname: 2024-01-01\r\nseed: 1_0\nmeasure: {latency: no, text_share: 1e-1}\n")
+    recipe = load_recipe(Recipe, path)
+    assert (recipe.name, recipe.seed, recipe.measure.latency, recipe.measure.text_share) == (
+        "2024-01-01",
+        10,
+        False,
+        0.1,
+    )
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"n_head": 5, "n_kv_head": 2},
+        {"n_head": 6, "n_kv_head": 3},
+        {"window": [4, None]},
+        {"window": [4, None, 2, 9]},
+        {"head_dim": 4, "rope_share": 0.4},
+        {"head_dim": 4, "rope_share": 0.5, "position": "rope"},
+        {"head_dim": 1},
+    ],
+)
+def test_a_shape_is_refused_where_the_model_refuses_it(shape: dict) -> None:
+    def said(make) -> str:
+        try:
+            make()
+        except (UserError, ValueError) as error:
+            return str(error).rpartition("Value error, ")[2]
+        return ""
+
+    defaults = {"n_layer": 4, "n_head": 5, "head_dim": 64} | shape
+    model = said(lambda: CompactGPT2Config(n_embd=defaults["n_head"] * defaults["head_dim"], **defaults))
+    assert said(lambda: parse_recipe(Pretrain, {"model": shape})) == model

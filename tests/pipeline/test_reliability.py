@@ -177,7 +177,7 @@ def test_out_is_a_file(tmp_path: Path, tiny_recipe: Path, cli) -> None:
 def test_a_training_that_diverges(run_copy: Path, tiny_recipe: Path, cli) -> None:
     before = digests(run_copy)
     for steps in (7, 1):  # with one step only the weights can show it
-        changes = ("--set", "finetune.learning_rate=1e30", "--set", f"finetune.steps={steps}")
+        changes = ("--set", "finetune.learning_rate=1e30", "--set", f"finetune.steps={steps}", "--force", "finetune")
         code, stdout, err = cli("run", "--recipe", tiny_recipe, "--out", run_copy, *changes)
         assert code == 1 and stdout == "" and "Traceback" not in err
         assert err.splitlines()[-1].startswith("failed: ")

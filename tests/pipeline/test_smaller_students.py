@@ -328,6 +328,6 @@ def test_choices_that_change_nothing_leave_runs_up_to_date(tiny_recipe: Path) ->
     ],
 )
 def test_bad_choices_are_one_line(change: str, said: str, tiny_recipe: Path, run_copy: Path, cli: Callable) -> None:
-    code, _, err = cli("prune", "--recipe", tiny_recipe, "--out", run_copy, "--set", change)
+    code, _, err = cli("prune", "--recipe", tiny_recipe, "--out", run_copy, "--set", change, "--force")
     lines = [line for line in err.splitlines(keepends=True) if line.startswith("error")]
     assert code == 2 and len(lines) == 1 and said in lines[0] and "Traceback" not in err

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from pipeline.artifacts import RunFolder
+from pipeline.tracking import Tracking
 
 
 def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
@@ -79,3 +80,10 @@ def test_where_it_cannot_be_logged(tmp_path: Path, tiny_recipe: Path, cli: Calla
     said = "error: --track mlflow: mlflow is not installed; pip install mlflow\n"
     assert cli(*command, "mlflow") == (2, "", said)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_hostile_name_stays_below_the_place(tmp_path: Path) -> None:
+    place = Tracking("tensorboard", tmp_path / "tracking")
+    for name in ("../../victim", "/victim", "..", "x" * 5000):
+        folder = place.folder / place.called(f"{name}-stages").name
+        assert folder.parent == place.folder and len(folder.name) <= 200 and folder.name not in ("", ".", "..")
