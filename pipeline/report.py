@@ -69,7 +69,7 @@ def write_comparison(a: Path, b: Path, out: Path | None = None) -> tuple[Path, v
     if path.is_dir() or not path.parent.is_dir():
         raise UserError(f"--out {path}: give a file, such as comparison.html, in a folder that exists")
     found = versus.compare(*results)
-    runs = [each.run for each in results]
+    runs: list[Any] = [each.run for each in results]
     page = (
         templates()
         .get_template("comparison.html.j2")

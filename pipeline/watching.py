@@ -10,6 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 
+from eval.results import Score
 from eval.task_data import load_documents
 from pipeline.model import CompactGPT2Config, CompactGPT2LMHeadModel
 from pipeline.recipe import HellaSwag
@@ -102,15 +103,16 @@ class Quiz(TrainerCallback):
         with self.meter.paused():
             model = self.trainer.whole_model()
             if is_main_process():
-                self.trainer.log({"hellaswag": self._score(model)})
+                score = self._score(model)
+                self.trainer.log({"hellaswag": score.accuracy, "hellaswag_documents": score.documents})
         control.should_log = True  # which a log takes back
 
-    def _score(self, model: CompactGPT2LMHeadModel) -> float:
+    def _score(self, model: CompactGPT2LMHeadModel) -> Score:
         from eval.tasks import EngineLM, evaluate
         from pipeline.engines.torch import TorchEngine
 
         lm = EngineLM(TorchEngine(model, device=str(model.device)), self.tokenizer)
-        return evaluate(lm, {"hellaswag": self.documents}, limit=self.choices.limit)["hellaswag"].accuracy
+        return evaluate(lm, {"hellaswag": self.documents}, limit=self.choices.limit)["hellaswag"]
 
 
 _KEYS = {
@@ -118,6 +120,7 @@ _KEYS = {
     "loss": "loss",
     "eval_loss": "validation_loss",
     "hellaswag": "hellaswag",
+    "hellaswag_documents": "hellaswag_documents",
     "learning_rate": "rate",
     "grad_norm": "grad_norm",
     "tokens_per_second": "tokens_per_second",
