@@ -1,5 +1,6 @@
 """What was measured, with 95 % intervals: medians by bootstrap, means over a text by its parts, shares by Wilson."""
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -140,6 +141,12 @@ def _values(samples: Sequence[float] | np.ndarray) -> np.ndarray:
 
 def _resampled_medians(values: np.ndarray, seed: int) -> np.ndarray:
     """`[RESAMPLES]` medians of samples drawn from `values` with replacement."""
+    return _medians(tuple(values.tolist()), seed)
+
+
+@functools.lru_cache(maxsize=512)  # each row is compared with all others
+def _medians(samples: tuple[float, ...], seed: int) -> np.ndarray:
+    values = np.array(samples)
     rng, count = np.random.default_rng(seed), len(values)
     rows = max(1, _BLOCK // count)
     blocks = [min(rows, RESAMPLES - done) for done in range(0, RESAMPLES, rows)]

@@ -22,7 +22,7 @@ _PARTS = ("recipe", "machine", "versions")
 _CAPTIONS = {
     "tradeoff": (
         "Perplexity against decode latency",
-        "Scatter plot: perplexity against decode time, marker area is bytes on disk, the Pareto front dashed",
+        "Scatter plot: perplexity against decode time, marker area is bytes on disk, rows of the Pareto front ringed",
     ),
     "latency": ("Latency", "Horizontal bars: median prefill and decode time of each row in milliseconds"),
     "perplexity": ("Perplexity", "Horizontal bars: perplexity of each row, control arms hatched"),

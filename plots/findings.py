@@ -170,7 +170,7 @@ def _judged_speeds(results: Results) -> list[Judgement]:
         decode = pair.speed("decode")
         what = (
             f"{pair.step} for decoding ({label(row)} against {label(pair.base)}: {times(decode.value)} as fast, "
-            f"{_interval(decode)}{_also(pair)})"
+            f"{_interval(decode, 3)}{_also(pair)})"
         )
         found.append(Judgement(_verdict(decode.higher, decode.lower), what, pair))
     return found
@@ -198,8 +198,8 @@ def _verdict(good: bool, bad: bool) -> Literal["helped", "did not help", "cannot
     return "helped" if good else "did not help" if bad else "cannot be told whether it helped"
 
 
-def _interval(found: Ratio) -> str:
-    return f"{found.low:.4f} to {found.high:.4f}"
+def _interval(found: Ratio, digits: int = 4) -> str:
+    return f"{found.low:.{digits}f} to {found.high:.{digits}f}"
 
 
 def _also(found: Pair) -> str:
@@ -243,7 +243,7 @@ def _aims(results: Results) -> list[str]:
         between = pair.perplexity if pair else None
         if pair is None or (between and between.high <= aim):
             continue
-        interval = f"{_interval(between)}" if between else "no interval"
+        interval = _interval(between) if between else "no interval"
         says = f"{what} is {pair.change:.4f} × {whose} ({interval})"
         if between and between.low > aim:
             found.append(f"An aim was missed: {says}, above {aim}.")

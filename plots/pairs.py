@@ -22,6 +22,13 @@ _MADE = {
 }
 """How a stage's model was pruned, and how it was fine-tuned (where the recipe has no teacher, all are alone)."""
 
+_WORDS = {
+    "KV_CACHE_PRECISION": "keys and values in",
+    "DYNAMIC_QUANTIZATION_GROUP_SIZE": "dynamic quantisation in groups of",
+    "INFERENCE_NUM_THREADS": "threads",
+}
+"""OpenVINO's settings, as they are said."""
+
 
 class Pair(NamedTuple):
     """Two rows that compare. `differs` names all in which they differ: the step in question, and what else does."""
@@ -96,7 +103,7 @@ def _settings_that_differ(row: Row, base: Row) -> list[str]:
     if not {_held(each)[:3] for each in (row, base)} & {"INT", "W8A"}:
         keys = [key for key in keys if key != "DYNAMIC_QUANTIZATION_GROUP_SIZE"]  # it is for integer weights alone
     return [
-        f"{key} {ours.get(key, 'not told')} instead of {theirs.get(key, 'not told')}"
+        f"{_WORDS.get(key, key)} {ours.get(key, 'not told')} instead of {theirs.get(key, 'not told')}"
         for key in keys
         if key not in ("weights", "arithmetic")
     ]

@@ -12,8 +12,8 @@ Spot = tuple[float, float]
 
 _GAPS = (3.0, 9.0, 18.0, 30.0, 45.0, 65.0, 90.0, 120.0, 155.0, 195.0)
 _ANGLES = 16
-_CROSSED, _NEARER_TO_ANOTHER = 400.0, 200.0
-"""What a leader across another's, a label or a point costs, and a label nearer to another point, as an area."""
+_COVERED, _CROSSED, _NEARER_TO_ANOTHER = 1e4, 2.0, 1.0
+"""What an area that two share costs, a leader across another's, a label or a point, a label nearer to another point."""
 _ROUNDS = 4
 
 
@@ -79,9 +79,9 @@ class _Labels:
             self.placed[one], self.placed[other] = first, second
 
     def cost(self, index: int, box: Box, enough: float = math.inf) -> float:
-        """What speaks against a place, as an area; not told further once it is `enough`."""
+        """What speaks against a place; not told further once it is `enough`."""
         others = [placed for at, placed in enumerate(self.placed) if placed is not None and at != index]
-        cost = _conflict(box, [*self.fixed, *others], self.bounds)
+        cost = _COVERED * _conflict(box, [*self.fixed, *others], self.bounds)
         if cost >= enough:
             return cost
         point = self.points[index]
@@ -161,7 +161,7 @@ def _conflict(box: Box, taken: Sequence[Box], bounds: Box) -> float:
     left, bottom, right, top = box
     inside = overlap(box, bounds)
     outside = (right - left) * (top - bottom) - inside
-    return sum(overlap(box, other) for other in taken) + 4 * max(outside, 1e-6) - 4e-6
+    return sum(overlap(box, other) for other in taken) + 4 * max(outside - 1e-6, 0.0)
 
 
 def overlap(one: Box, other: Box) -> float:

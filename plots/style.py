@@ -133,7 +133,7 @@ def role_handles(rows: Sequence[Row]) -> list[Any]:
     present = [role for role in ROLES if any(row.role == role for row in rows)]
     if len(present) < 2:
         return []
-    return [Patch(label=ROLES[role], **fill(Row("", "", "", "", role=role))) for role in present]
+    return [Patch(label=ROLES[role], **fill(Row("any", "any", "any", "any", role=role))) for role in present]
 
 
 def frame(title: str, height: float, note: str = "", handles: Sequence[Any] = (), width: float = WIDTH) -> "Figure":

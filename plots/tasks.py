@@ -128,7 +128,6 @@ def _panel(axes: "Axes", task: str, rows: list[Row]) -> None:
     if published.chance is not None:
         axes.axvline(published.chance, color=style.QUIET, linestyle=":", linewidth=1)
     axes.set_xlim(0, 1.2 * most)
-    axes.set_title(
-        f"{published.name}: {' or '.join(f'{number:,}' for number in sorted(asked))} documents{'' if whole else ', a part'}"
-    )
+    documents = f"{' or '.join(f'{number:,}' for number in sorted(asked))} documents"
+    axes.set_title(f"{published.name}: {documents}{'' if whole else ', a part'}")
     axes.set_xlabel("accuracy")

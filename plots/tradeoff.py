@@ -30,8 +30,8 @@ def draw(results: Results) -> "Figure | None":
         return None
     groups = by_kind(rows)
     note = (
-        "Down and to the left is better. Ringed: rows that no other measurably beats in one way without measurably "
-        f"losing in the other, by 95 % intervals of pairs; dashed: the outermost of them. {unmeasured_note(results, rows)}"
+        "Down and to the left is better. Ringed: the Pareto front, rows that no other measurably beats in one way "
+        f"without measurably losing in the other, by 95 % intervals of pairs. {unmeasured_note(results, rows)}"
     )
     handles = [*style.role_handles(rows), *_size_handles(rows)]
     figure = style.frame("Perplexity against decode latency", 4.3 * len(groups), note, handles)
@@ -44,15 +44,6 @@ def draw(results: Results) -> "Figure | None":
     for group, axes in zip(groups.values(), panels, strict=True):
         _write_labels(axes, group, [_area(row.bytes_on_disk, largest) for row in group])
     return figure
-
-
-def pareto(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The points that no other beats in one coordinate without losing in the other, from left to right; low is good."""
-    front: list[tuple[float, float]] = []
-    for point in sorted(set(points)):
-        if not front or point[1] < front[-1][1]:
-            front.append(point)
-    return front
 
 
 def unbeaten(rows: Sequence[Row]) -> list[Row]:
@@ -91,9 +82,6 @@ def front(results: Results) -> list[str]:
 
 def _panel(axes: "Axes", rows: list[Row], areas: list[float]) -> None:
     points, best = _points(rows), unbeaten(rows)
-    if best:
-        front = pareto(_points(best))
-        axes.step(*zip(*front, strict=True), where="post", color=style.QUIET, linestyle="--", linewidth=1, zorder=1)
     # Large markers first: a small one must not vanish under them.
     for (x, y), row, area in sorted(zip(points, rows, areas, strict=True), key=lambda each: -each[2]):
         axes.scatter(x, y, s=area, zorder=2, **style.fill(row))
@@ -137,7 +125,7 @@ def _write_labels(axes: "Axes", rows: list[Row], areas: list[float]) -> None:
     sizes = [_extent(axes, name, scale) for name in names]
     frame = axes.get_window_extent()
     bounds = (frame.x0 * scale, frame.y0 * scale, frame.x1 * scale, frame.y1 * scale)
-    boxes = place(circles, sizes, bounds, _front_boxes(axes, _points(unbeaten(rows)), scale))
+    boxes = place(circles, sizes, bounds)
     for name, circle, box, data in zip(names, circles, boxes, _points(rows), strict=True):
         x, y, _ = circle
         middle = ((box[0] + box[2]) / 2 - x, (box[1] + box[3]) / 2 - y)
@@ -161,17 +149,6 @@ def _needs_leader(box: Box, own: Circle, circles: Sequence[Circle]) -> bool:
     """Whether a label stands off its point, or nearly as near to another."""
     space = gap(box, own)
     return space > 6 or any(gap(box, other) <= space + 4 for other in circles if other is not own)
-
-
-def _front_boxes(axes: "Axes", points: Sequence[tuple[float, float]], scale: float) -> list[Box]:
-    """The steps of the Pareto front as thin boxes, for labels to keep clear of."""
-    if not points:
-        return []
-    front = axes.transData.transform(pareto(points)) * scale
-    boxes: list[Box] = []
-    for (left, top), (right, bottom) in itertools.pairwise(front.tolist()):
-        boxes += [(left, top - 1, right, top + 1), (right - 1, bottom, right + 1, top)]
-    return boxes
 
 
 def _extent(axes: "Axes", name: str, scale: float) -> tuple[float, float]:
