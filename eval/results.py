@@ -358,6 +358,8 @@ class Results(_Strict):
         keys = [row.key for row in self.rows]
         if twice := next((key for key in keys if keys.count(key) > 1), None):
             raise ValueError(f"rows holds {twice} twice")
+        if odd := [key for key in (self.agreement.rows if self.agreement else []) if key.count("/") != 3]:
+            raise ValueError(f"agreement: a row, {odd[0]}, is no STAGE/ENGINE/DEVICE/PRECISION")
         for stage in (*self.heads, *self.curves):
             _check_name("a stage", stage)
 

@@ -12,7 +12,7 @@ Spot = tuple[float, float]
 
 _GAPS = (3.0, 9.0, 18.0, 30.0, 45.0, 65.0, 90.0, 120.0, 155.0, 195.0)
 _ANGLES = 16
-_COVERED, _CROSSED, _NEARER_TO_ANOTHER = 1e4, 2.0, 1.0
+_COVERED, _CROSSED, _NEARER_TO_ANOTHER = 1e4, 2.0, 1.5
 """What an area that two share costs, a leader across another's, a label or a point, a label nearer to another point."""
 _ROUNDS = 4
 
