@@ -56,6 +56,8 @@ def export(
     run = RunFolder(run_folder)
     with run.locked(), disk_errors(to):
         results = load_results(run_folder / RESULTS)
+        if untold := [key for key in ("name", "recipe", "machine", "versions") if key not in results.run]:
+            raise UserError(f"{run_folder / RESULTS}: run.{untold[0]}: missing; run the pipeline again")
         stages = _chain(run, results)
         name = next(iter(stages))
         to.absolute().parent.mkdir(parents=True, exist_ok=True)

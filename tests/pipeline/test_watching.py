@@ -23,6 +23,7 @@ from pipeline.tracking import Tracking
 from pipeline.training import Diverged, Watch, collate
 from pipeline.watching import Meter, learning_curve, training_flops
 from pipeline.wikitext import DOCUMENT_MARK
+from plots import pretraining
 
 
 @pytest.fixture
@@ -79,12 +80,20 @@ def test_peaks_by_name(name: str, teraflops: float | None) -> None:
 
 def test_logs_of_one_step_are_one_point() -> None:
     history = [
-        {"step": 2, "hellaswag": 0.25},
+        {"step": 2, "hellaswag": 0.25, "hellaswag_documents": 8},
         {"step": 2, "epoch": 0.1, "loss": 3.0, "learning_rate": 0.1, "grad_norm": 2.0, "tokens_per_second": 9.0},
         {"step": 2, "epoch": 0.1, "eval_loss": 3.5, "eval_runtime": 1.0},
         {"step": 4, "train_runtime": 1.0},
     ]
-    wanted = {"step": 2, "hellaswag": 0.25, "epoch": 0.1, "loss": 3.0, "rate": 0.1, "grad_norm": 2.0}
+    wanted = {
+        "step": 2,
+        "hellaswag": 0.25,
+        "hellaswag_documents": 8,
+        "epoch": 0.1,
+        "loss": 3.0,
+        "rate": 0.1,
+        "grad_norm": 2.0,
+    }
     assert learning_curve(history) == [wanted | {"tokens_per_second": 9.0, "validation_loss": 3.5}]
 
 
@@ -112,6 +121,16 @@ def test_all_is_watched_and_nothing_changed_by_it(shards: Path, task_data: Path,
     drawn = (tmp_path / "watched" / "plots" / "pretraining.svg").read_text()
     for text in ("loss (nats per token)", "HellaSwag accuracy", "share of peak FLOPs", "karpathy/build-nanogpt"):
         assert text in drawn
+    assert "a part of its documents alone" in drawn and "the same notebooks" not in drawn
+
+
+@pytest.mark.parametrize(("asked", "levels"), [(10_042, [3.2924, 0.294463]), (8, [3.2924]), (None, [3.2924])])
+def test_a_part_of_hellaswag_has_no_reference_line(asked: int | None, levels: list[float]) -> None:
+    score = {"hellaswag": 0.25} | ({"hellaswag_documents": asked} if asked else {})
+    figure = pretraining.draw([{"step": step, "loss": 4.0 - step, **score} for step in (1, 2)], "fineweb-edu")
+    assert figure is not None
+    dashed = [line.get_ydata()[0] for axes in figure.axes for line in axes.lines if line.get_linestyle() == "--"]
+    assert dashed == levels
 
 
 def test_a_loss_that_jumps_up() -> None:
