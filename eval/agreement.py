@@ -12,6 +12,7 @@ from tqdm import tqdm
 from eval.engine import Engine
 from eval.errors import UserError, WorkError
 from eval.results import Agreement
+from eval.statistics import part_sizes, standard_error
 
 BLOCK_BYTES = 16 * 2**20
 """About the most that one block of FP64 logits takes while answers are compared."""
@@ -109,7 +110,10 @@ def compare(answers: Mapping[str, Answers], questions: Questions, *, text_sha256
                 "compare models of one vocabulary"
             )
     (tokens, vocabulary), size = said[0].shape, len(names)
-    gaps, most, losses, same = (torch.zeros(size, size, dtype=torch.float64) for _ in range(4))
+    sizes = torch.from_numpy(part_sizes(tokens))
+    part_of = torch.repeat_interleave(torch.arange(len(sizes)), sizes) if len(sizes) else torch.zeros(tokens).long()
+    gaps, most = (torch.zeros(size, size, dtype=torch.float64) for _ in range(2))
+    losses, same = (torch.zeros(max(1, len(sizes)), size, size, dtype=torch.float64) for _ in range(2))
     step = max(1, BLOCK_BYTES // (8 * size * vocabulary))
     for begin in range(0, tokens, step):
         block = torch.stack([logits[begin : begin + step] for logits in said])
@@ -118,10 +122,10 @@ def compare(answers: Mapping[str, Answers], questions: Questions, *, text_sha256
             gaps[a, b] += distance.sum(dtype=torch.float64)
             most[a, b] = max(most[a, b], distance.max())
         log_p = block.double().log_softmax(-1)
-        cross = torch.einsum("atv,btv->abt", log_p.exp(), log_p)
-        losses += (torch.einsum("aat->at", cross)[:, None] - cross).sum(-1)
-        top = block.argmax(-1)
-        same += (top[:, None] == top).sum(-1)
+        cross = torch.einsum("atv,btv->tab", log_p.exp(), log_p)
+        losses.index_add_(0, part_of[begin : begin + step], torch.einsum("taa->ta", cross)[..., None] - cross)
+        top = block.argmax(-1).T
+        same.index_add_(0, part_of[begin : begin + step], (top[:, :, None] == top[:, None]).double())
     return Agreement(
         rows=names,
         tokens=tokens,
@@ -129,12 +133,22 @@ def compare(answers: Mapping[str, Answers], questions: Questions, *, text_sha256
         text_sha256=text_sha256,
         logit_mean=((gaps + gaps.T) / (tokens * vocabulary)).tolist(),
         logit_max=(most + most.T).tolist(),
-        kl=(losses / tokens).clamp(min=0).tolist(),  # rounding leaves the like of -1e-16
-        top1=(same / tokens).tolist(),
+        kl=(losses.sum(0) / tokens).clamp(min=0).tolist(),  # rounding leaves the like of -1e-16
+        top1=(same.sum(0) / tokens).tolist(),
         prompt_tokens=questions.prompt_tokens,
         new_tokens=questions.new_tokens,
         diverged=[[_common(one.greedy, two.greedy) for two in answers.values()] for one in answers.values()],
+        kl_stderr=_errors(losses, sizes),
+        top1_stderr=_errors(same, sizes),
     )
+
+
+def _errors(sums: torch.Tensor, sizes: torch.Tensor) -> list[list[float]] | None:
+    """The standard errors of means over the text, from the sums of its parts: `[parts, a, b]` -> `[a][b]`."""
+    if not len(sizes):
+        return None
+    tokens, means = int(sizes.sum()), (sums / sizes[:, None, None]).numpy()
+    return [[standard_error(parts, tokens) or 0.0 for parts in line.T] for line in means.transpose(1, 0, 2)]
 
 
 def _common(one: torch.Tensor, two: torch.Tensor) -> list[int | None]:

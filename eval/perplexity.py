@@ -12,6 +12,7 @@ from tqdm import tqdm
 from eval.engine import Engine
 from eval.errors import UserError, WorkError
 from eval.results import Quality
+from eval.statistics import part_means, standard_error
 
 LOGITS_BYTES = 512 * 2**20
 """The most that one batch's logits may take: a GPT-2 window of 1,024 tokens alone has 196 MiB of them."""
@@ -77,7 +78,9 @@ def perplexity(
 
     `token_ids` is the whole text, `[tokens]`, integer. `context` and `stride` are in tokens. Windows of
     full size run `batch` at a time, fewer where their logits would pass `LOGITS_BYTES`. Each
-    target's NLL comes from FP32 logits on their own device; the sum over targets is FP64.
+    target's NLL comes from FP32 logits on their own device; sums over targets are FP64. The standard
+    error is that of the mean NLL by the text's parts (`eval.statistics.part_sizes`), times the
+    perplexity (delta method).
     `text_sha256` and `text_share` (0 to 1) say which text this is and go into the result as they are.
 
     Raises `UserError` where text, context or stride do not fit the engine, `WorkError` where
@@ -86,29 +89,31 @@ def perplexity(
     ids = _checked(token_ids, engine, context)
     plan = list(windows(len(ids), context, stride))
     batch = max(1, min(batch, LOGITS_BYTES // (4 * context * engine.vocab_size)))
-    total, count = 0.0, 0
+    losses = np.empty(len(ids) - 1)
     label = f"perplexity {engine.name} {engine.device} {engine.precision}"
     with tqdm(total=len(ids) - 1, desc=label, unit="tok", unit_scale=True, disable=not progress) as bar:
         for group in _groups(plan, batch):
             for window, nll in zip(group, _nll(engine, ids, group), strict=True):
-                if not math.isfinite(nll):
-                    raise WorkError(f"the NLL of tokens {window.begin + 1} to {window.end} is {nll}: {label}")
-                total += nll
-                count += window.scored
+                if not np.isfinite(nll).all():
+                    raise WorkError(f"the NLL of tokens {window.begin + 1} to {window.end} is {nll.sum()}: {label}")
+                losses[window.end - window.scored : window.end] = nll
                 bar.update(window.scored)
-    mean = total / count
+    mean, parts = float(losses.mean()), part_means(losses)
     try:
         value = math.exp(mean)
     except OverflowError as error:
         raise WorkError(f"a mean NLL of {mean:.6g} nats has no finite perplexity: {label}") from error
+    spread = standard_error(parts, len(losses))
     return Quality(
         perplexity=value,
         nll=mean,
-        tokens=count,
+        tokens=len(losses),
         context=context,
         stride=stride,
         text_sha256=text_sha256,
         text_share=text_share,
+        stderr=None if spread is None else value * spread,
+        parts=parts.tolist(),
     )
 
 
@@ -138,11 +143,11 @@ def _groups(plan: list[Window], batch: int) -> Iterator[list[Window]]:
     yield group
 
 
-def _nll(engine: Engine, ids: torch.Tensor, group: list[Window]) -> list[float]:
-    """Summed NLL in nats of each window's scored targets; waits for the device once."""
+def _nll(engine: Engine, ids: torch.Tensor, group: list[Window]) -> list[np.ndarray]:
+    """NLL in nats of each window's scored targets, `[scored]` FP32; waits for the device once."""
     logits = engine.logits(torch.stack([ids[window.begin : window.end] for window in group]))
-    sums = []
+    found = []
     for row, window in zip(logits, group, strict=True):  # row by row: log-softmax makes a copy of its input
         targets = ids[window.end + 1 - window.scored : window.end + 1].to(row.device)
-        sums.append(F.cross_entropy(row[-window.scored :].float(), targets, reduction="none").double().sum())
-    return torch.stack(sums).tolist()
+        found.append(F.cross_entropy(row[-window.scored :].float(), targets, reduction="none"))
+    return np.split(torch.cat(found).cpu().numpy(), np.cumsum([window.scored for window in group])[:-1])

@@ -1,23 +1,39 @@
-"""Medians of samples and their ratios, with bootstrap 95 % intervals."""
+"""What was measured, with 95 % intervals: medians by bootstrap, means over a text by its parts, shares by Wilson."""
 
+import functools
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from eval.results import Timing
+from eval.results import Quality, Score, Timing
 
 RESAMPLES = 2000
 _SEED = 20240229
 _BLOCK = 2**22  # resampled values held at once: 32 MiB
 
 
+PARTS, FEWEST_PARTS, SHORTEST_PART = 40, 10, 32
+"""Into how many parts a text is cut, where it allows; how few still give an interval; how many tokens each has."""
+
+
 class Ratio(NamedTuple):
-    """A ratio of two medians and its 95 % interval."""
+    """A ratio and its 95 % interval."""
 
     value: float
     low: float
     high: float
+
+    @property
+    def lower(self) -> bool:
+        """Whether the interval lies below 1."""
+        return self.high < 1
+
+    @property
+    def higher(self) -> bool:
+        """Whether the interval lies above 1."""
+        return self.low > 1
 
 
 def timing(samples: Sequence[float] | np.ndarray) -> Timing:
@@ -46,6 +62,76 @@ def ratio(a: Timing, b: Timing, *, interleaved: bool = True) -> Ratio:
     return Ratio(float(np.median(first) / np.median(second)), low, high)
 
 
+def part_sizes(tokens: int) -> np.ndarray:
+    """How many of `tokens` successive tokens stand in each part; sizes differ by 1 at most. Empty for a short text.
+
+    A mean over a text is judged by batch means: neighbouring tokens are of like difficulty, so that their scatter
+    would promise too much; long runs of them depend little on each other. So the number of parts is fixed and their
+    length grows with the text, which keeps the interval right for any autocorrelation that is short against a part
+    (Glynn and Iglehart 1990); with 10 to 30 parts hardly anything is left to gain (Schmeiser 1982), and Student's t
+    accounts for their number. Parts are the same for every model that scores the same tokens, so they make pairs.
+    """
+    count = min(PARTS, tokens // SHORTEST_PART)
+    if count < FEWEST_PARTS:
+        return np.zeros(0, dtype=np.int64)
+    return np.diff(np.arange(count + 1) * tokens // count)
+
+
+def part_means(values: np.ndarray) -> np.ndarray:
+    """The mean of each part of a row of values, one a token: `[tokens]` -> `[parts]` FP64."""
+    sizes = part_sizes(len(values))
+    return np.add.reduceat(values, np.cumsum(sizes) - sizes, dtype=np.float64) / sizes if len(sizes) else sizes * 0.0
+
+
+def standard_error(parts: Sequence[float] | np.ndarray, tokens: int) -> float | None:
+    """The standard error of the mean over `tokens` tokens whose parts have these means; `None` without parts.
+
+    That of a ratio estimator (sum over count), as parts may differ in size by one token.
+    """
+    means, sizes = np.asarray(parts, dtype=np.float64), part_sizes(tokens)
+    if not means.size or means.shape != sizes.shape:
+        return None
+    off = sizes * (means - np.average(means, weights=sizes))
+    return float(math.sqrt(len(means) / (len(means) - 1) * (off @ off)) / tokens)
+
+
+def perplexity_ratio(a: Quality, b: Quality) -> Ratio | None:
+    """The perplexity of `a` over that of `b` on the same tokens, with its interval from the paired parts.
+
+    `None` where either has no parts, or they are others. The interval is that of the mean difference of NLLs, to
+    which what the text makes hard for both adds nothing.
+    """
+    if len(a.parts) != len(b.parts) or a.tokens != b.tokens:
+        return None
+    factor = _factor(np.subtract(a.parts, b.parts), a.tokens)
+    value = a.perplexity / b.perplexity
+    return None if factor is None else Ratio(value, value / factor, value * factor)
+
+
+def perplexity_interval(quality: Quality) -> tuple[float, float] | None:
+    """The 95 % interval of one perplexity; `None` where it has none."""
+    factor = _factor(quality.parts, quality.tokens)
+    return None if factor is None else (quality.perplexity / factor, quality.perplexity * factor)
+
+
+def _factor(parts: Sequence[float] | np.ndarray, tokens: int) -> float | None:
+    """What an interval of an exponentiated mean reaches over and under it: exp(t x standard error)."""
+    error = standard_error(parts, tokens)
+    if error is None:
+        return None
+    from scipy.special import stdtrit
+
+    return math.exp(min(error * float(stdtrit(len(parts) - 1, 0.975)), 300.0))
+
+
+def accuracy_interval(score: Score) -> tuple[float, float]:
+    """The 95 % interval of an accuracy (Wilson 1927), which stays within 0 and 1 and is none the narrower at them."""
+    count, z = score.documents, 1.959964
+    middle = (score.accuracy + z**2 / (2 * count)) / (1 + z**2 / count)
+    reach = z * math.sqrt(score.accuracy * (1 - score.accuracy) / count + (z / (2 * count)) ** 2) / (1 + z**2 / count)
+    return min(middle - reach, score.accuracy), max(middle + reach, score.accuracy)
+
+
 def _values(samples: Sequence[float] | np.ndarray) -> np.ndarray:
     values = np.asarray(samples, dtype=np.float64)
     if values.ndim != 1 or not values.size:
@@ -55,6 +141,12 @@ def _values(samples: Sequence[float] | np.ndarray) -> np.ndarray:
 
 def _resampled_medians(values: np.ndarray, seed: int) -> np.ndarray:
     """`[RESAMPLES]` medians of samples drawn from `values` with replacement."""
+    return _medians(tuple(values.tolist()), seed)
+
+
+@functools.lru_cache(maxsize=512)  # each row is compared with all others
+def _medians(samples: tuple[float, ...], seed: int) -> np.ndarray:
+    values = np.array(samples)
     rng, count = np.random.default_rng(seed), len(values)
     rows = max(1, _BLOCK // count)
     blocks = [min(rows, RESAMPLES - done) for done in range(0, RESAMPLES, rows)]

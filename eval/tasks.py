@@ -178,7 +178,11 @@ def evaluate(lm: EngineLM, tasks: Mapping[str, Documents], *, limit: int | None 
 
     HellaSwag (Zellers et al. 2019) in completion style: the ending with the highest mean log-likelihood a token
     is the choice. LAMBADA (Paperno et al. 2016): the last word counts where greedy decoding would write all of it.
+    Raises `UserError` where a task has a single document.
     """
+    for name, documents in tasks.items():
+        if min(len(documents.rows), limit or len(documents.rows)) < 2:
+            raise UserError(f"task {name}: 1 document gives no accuracy with an error; give at least 2")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of its own defaults
     loaded = {name: _task(name, documents, lm) for name, documents in tasks.items()}
     found = evaluator.evaluate(lm, {"tasks": loaded, "groups": {}}, limit=limit, bootstrap_iters=1, log_samples=False)

@@ -60,7 +60,7 @@ Device = Annotated[
 ]
 Precision = Annotated[
     str | None,
-    typer.Option(help="fp32, fp16, bf16, int8, int4-int8 or w8a8; by default what the folder holds."),
+    typer.Option(help="fp32, fp16, bf16, int8, int4-int8, w8a8, auto (an IR's defaults); by default what is held."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else on stdout.")]
 Track = Annotated[
@@ -266,7 +266,10 @@ def evaluate(
         about = {"engine": loaded.name, "device": loaded.device, "compute": loaded.compute}
         print(json.dumps({**about, **asdict(quality), "scored_bytes": size, "bits_per_byte": bits}))
     else:
-        print(f"perplexity {quality.perplexity:.4f}  ({quality.tokens:,} tokens, {quality.nll:.4f} nats a token)")
+        error = f" ± {quality.stderr:.4f}" if quality.stderr is not None else ""
+        few = "" if error else "; too few for a standard error"
+        scored = f"{quality.tokens:,} tokens, {quality.nll:.4f} nats a token{few}"
+        print(f"perplexity {quality.perplexity:.4f}{error}  ({scored})")
         print(f"bits per byte {bits:.4f}  ({size:,} bytes)")
         print(f"{loaded.name} on {loaded.device}: {loaded.compute}; context {quality.context}, stride {quality.stride}")
     return quality

@@ -70,9 +70,16 @@ def format_comparison(outcome: dict[str, Any]) -> str:
             f"on {outcome['tokens']:,} tokens in windows of {outcome['context']}:",
             f"  logits differ by {outcome['logit_mean'][0][1]:.3g} on average, by {outcome['logit_max'][0][1]:.3g} "
             "at most",
-            f"  KL(A||B) {outcome['kl'][0][1]:.3g} nats a token, KL(B||A) {outcome['kl'][1][0]:.3g}",
-            f"  the same likeliest token at {100 * outcome['top1'][0][1]:.2f} % of the positions",
+            f"  KL(A||B) {outcome['kl'][0][1]:.3g}{_error(outcome['kl_stderr'], 0, 1)} nats a token, "
+            f"KL(B||A) {outcome['kl'][1][0]:.3g}{_error(outcome['kl_stderr'], 1, 0)}",
+            f"  the same likeliest token at {100 * outcome['top1'][0][1]:.2f}"
+            f"{_error(outcome['top1_stderr'], 0, 1, 100)} % of the positions",
             f"  of {new} greedy new tokens after {len(shared)} prompts of {outcome['prompt_tokens']}, alike from the "
             f"start: {', '.join(shared)}",
         ]
     )
+
+
+def _error(errors: list[list[float]] | None, a: int, b: int, scale: float = 1) -> str:
+    """` ± 0.0031`: the standard error; nothing where the text is too short for one."""
+    return f" ± {scale * errors[a][b]:.2g}" if errors else ""

@@ -61,6 +61,8 @@ def export(
     with disk_errors(to), run.unchanging():
         _check_place(to, run_folder, force)
         results = load_results(run_folder / RESULTS)
+        if untold := [key for key in ("name", "recipe", "machine", "versions") if key not in results.run]:
+            raise UserError(f"{run_folder / RESULTS}: run.{untold[0]}: missing; run the pipeline again")
         stages = _chain(run, results)
         name = next(iter(stages))
         weights = _weights(run, name, precision)

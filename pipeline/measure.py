@@ -41,7 +41,7 @@ from pipeline.recipe import Measure, Recipe, Tasks
 from pipeline.texts import load_text
 from pipeline.tokenizer import load_tokenizer
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,9 @@ def subjects(stages: Mapping[str, Mapping[str, Any]]) -> list[Subject]:
         ],
         "quantize": [
             ir("ir_fp32", "fp32"),
+            # INT8 computes by this CPU's defaults, in bf16 where there are units: so does what it is judged against.
             ir("ir_fp32", "bf16", skipped=no_bf16),
+            *([ir("ir_fp32", "auto")] if no_bf16 else []),
             ir("ir_fp16", "fp16"),
             *([ir("ir_w8a8", "w8a8")] if quantized.get("w8a8") else []),
             ir("model", "int4-int8" if quantized.get("four_bit") else "int8", "chain"),

@@ -24,7 +24,7 @@ _PARTS = ("recipe", "machine", "versions")
 _CAPTIONS = {
     "tradeoff": (
         "Perplexity against decode latency",
-        "Scatter plot: perplexity against decode time, marker area is bytes on disk, the Pareto front dashed",
+        "Scatter plot: perplexity against decode time, marker area is bytes on disk, rows of the Pareto front ringed",
     ),
     "latency": ("Latency", "Horizontal bars: median prefill and decode time of each row in milliseconds"),
     "perplexity": ("Perplexity", "Horizontal bars: perplexity of each row, control arms hatched"),
@@ -74,7 +74,7 @@ def write_comparison(a: Path, b: Path, out: Path | None = None) -> tuple[Path, v
     found = versus.compare(*results)
     for name, folder, each in zip("BA", (b, a), results[::-1], strict=True):
         found.caveats[:0] = [f"In {name}, {line}" for line in stale_caveat(folder, each)]
-    runs = [each.run for each in results]
+    runs: list[Any] = [each.run for each in results]
     page = (
         templates()
         .get_template("comparison.html.j2")

@@ -4,8 +4,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from eval.results import Agreement, Results, Row
 from plots import style
-from plots.numbers import share, tiny
-from plots.rows import codes, count, fp32_ir, int8_row, label, labels
+from plots.numbers import share, significant, tiny
+from plots.pairs import base_name, int8_pair
+from plots.rows import codes, count, label, labels
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -35,8 +36,8 @@ def against_first(results: Results) -> Words | None:
             label(row),
             tiny(found.logit_mean[0][index]),
             tiny(found.logit_max[0][index]),
-            tiny(found.kl[0][index]),
-            share(found.top1[0][index]),
+            tiny(found.kl[0][index]) + (f" ± {tiny(found.kl_stderr[0][index])}" if found.kl_stderr else ""),
+            _with_error(found.top1, found.top1_stderr, 0, index),
             ", ".join("all" if shared is None else str(shared) for shared in found.diverged[0][index]),
         )
         for index, row in enumerate(rows)
@@ -48,6 +49,7 @@ def against_first(results: Results) -> Words | None:
         "with the same likeliest token; and, for each of "
         f"{count(len(found.diverged[0][0]), 'prompt')} of {count(found.prompt_tokens, 'token')}, how many of "
         f"{count(found.new_tokens, 'greedy new token')} come before the first that differs."
+        f"{' After ±: the standard error.' if found.kl_stderr else ''}"
     )
     return Words(f"{_int8(results, found)}Against {label(rows[0])}:", lines, note)
 
@@ -58,19 +60,27 @@ def _row(key: str) -> Row:
 
 
 def _int8(results: Results, found: Agreement) -> str:
-    """One sentence: whether the quantised row says what its FP32 IR says."""
-    row = int8_row(results)
-    base = fp32_ir(results, row, lambda r: r.quality) if row else None
-    if row is None or base is None or not {row.key, base.key} <= set(found.rows):
+    """One sentence: whether the quantised row says what the FP32 weights say with the same arithmetic."""
+    pair = int8_pair(results)
+    if pair is None or not {pair.row.key, pair.base.key} <= set(found.rows):
         return ""
-    a, b = found.rows.index(base.key), found.rows.index(row.key)
+    a, b = found.rows.index(pair.base.key), found.rows.index(pair.row.key)
     whole = sum(shared is None for shared in found.diverged[a][b])
+    besides = f" (besides: {pair.besides})" if pair.besides else ""
     return (
-        f"{codes(row)} holds the same token for the likeliest as its FP32 IR at {share(found.top1[a][b])} of "
-        f"{count(found.tokens, 'position')} and loses {tiny(found.kl[a][b])} nats a token by KL divergence; "
+        f"{codes(pair.row)} holds the same token for the likeliest as its {base_name(pair)}{besides} at "
+        f"{_with_error(found.top1, found.top1_stderr, a, b)} of "
+        f"{count(found.tokens, 'position')} and loses {tiny(found.kl[a][b])}"
+        f"{f' ± {tiny(found.kl_stderr[a][b])}' if found.kl_stderr else ''} nats a token by KL divergence; "
         f"{whole} of {count(len(found.diverged[a][b]), 'greedy continuation')} of "
         f"{count(found.new_tokens, 'token')} are the same throughout. "
     )
+
+
+def _with_error(shares: list[list[float]], errors: list[list[float]] | None, a: int, b: int) -> str:
+    """`99.1 ± 0.3 %`: a share with its standard error."""
+    error = f" ± {significant(100 * errors[a][b], 2)} %" if errors else ""
+    return f"{share(shares[a][b]).removesuffix(' %') if errors else share(shares[a][b])}{error}"
 
 
 @style.styled

@@ -2,30 +2,31 @@
 
 from collections import Counter
 from collections.abc import Callable
+from typing import Literal, NamedTuple
 
-from eval.results import Heads, Results, Row, Timing
+from eval.results import Heads, Results, Row
+from eval.statistics import Ratio, part_sizes
 from plots.numbers import change, millions, perplexity, share, significant, times
-from plots.pairs import finetuned_pair, int8_pair, quality_pair, step_before, unpruned
-from plots.rows import (
-    apart,
-    by_kind,
-    codes,
-    count,
-    fp32_ir,
+from plots.pairs import (
+    Pair,
+    base_name,
+    finetuned_pair,
+    int8_files,
+    int8_pair,
     int8_row,
-    kind,
-    label,
-    labels,
-    measured,
-    reference,
-    same_load,
-    same_text,
+    paired,
+    quality_pair,
+    settings,
+    steps,
+    timed_before,
+    unpruned,
 )
+from plots.rows import by_kind, codes, count, kind, label, labels, measured, reference, same_load, same_text
 
 FINETUNE_AIM = 1.02
 """Perplexity after pruning and fine-tuning, at most this times the control arm's."""
 INT8_AIM = 1.005
-"""INT8 perplexity, at most this times its FP32 IR's."""
+"""INT8 perplexity, at most this times that of the FP32 weights run with the same arithmetic."""
 INT8_SIZE_AIM = 0.27
 """INT8 bytes on disk, at most this times its FP32 IR's."""
 
@@ -38,12 +39,12 @@ def summary(results: Results) -> list[str]:
 
 
 def gains(results: Results) -> str:
-    """Size, decode and prefill at the end of the chain against its start, for each kind of device."""
+    """Size, decode and prefill at the end of the chain against its start, for each kind of device, and by steps."""
     parts = []
     for name, rows in by_kind(measured(results, lambda row: row.latency or row.bytes_on_disk)).items():
         chain = [row for row in rows if row.role == "chain"]
         if len(chain) > 1 and (found := _against(chain[-1], reference(results, chain[-1]) or chain[0])):
-            parts.append(f"on the {name}, {found}{_same_engine(results, chain[-1])}")
+            parts.append(f"on the {name}, {found}{_by_steps(results, chain[-1])}")
     if not parts:
         return "What the chain gained cannot be told: no two of its rows were measured on one device."
     return _sentence("; ".join(parts))
@@ -55,26 +56,26 @@ def _against(row: Row, base: Row) -> str:
     if row.bytes_on_disk and base.bytes_on_disk:
         facts.append(f"{times(row.bytes_on_disk / base.bytes_on_disk)} the bytes on disk")
     if row is not base and row.latency and base.latency and same_load(row, base):
-        facts.append(f"decode {speed(row.latency.decode, base.latency.decode)}")
-        facts.append(f"prefill {speed(row.latency.prefill, base.latency.prefill)}")
+        facts.append(_speeds(Pair(row, base, [])))
     names = labels([row, base])  # the device was said before
     return f"{names[0]} against {names[1]}: {', '.join(facts)}" if facts and row is not base else ""
 
 
-def _same_engine(results: Results, row: Row) -> str:
-    """How much of a quantized row's gain is left on its own engine."""
-    ir = fp32_ir(results, row, lambda r: r.latency)
-    if ir is None or ir is row or not row.latency or not ir.latency or not same_load(row, ir):
+def _by_steps(results: Results, row: Row) -> str:
+    """What each step has of a gain that several made together."""
+    found = steps(results, row)
+    if not row.latency or len(found) < 2:
         return ""
-    decode, prefill = speed(row.latency.decode, ir.latency.decode), speed(row.latency.prefill, ir.latency.prefill)
-    return f" (against its own FP32 IR: decode {decode}, prefill {prefill})"
+    return f" (step by step: {'; '.join(f'{_and(each.differs)}: {_speeds(each)}' for each in found)})"
 
 
-def speed(timing: Timing, base: Timing) -> str:
-    """How fast against `base`; no claim where the 95 % intervals touch."""
-    if not apart(timing, base):
-        return "not measurably different"
-    return f"{times(base.p50 / timing.p50)} as fast"
+def _speeds(found: Pair) -> str:
+    return f"decode {speed(found.speed('decode'))}, prefill {speed(found.speed('prefill'))}"
+
+
+def speed(found: Ratio) -> str:
+    """How fast against a base; no claim where the 95 % interval holds 1."""
+    return f"{times(found.value)} as fast" if found.lower or found.higher else "not measurably different"
 
 
 def costs(results: Results) -> str:
@@ -83,69 +84,131 @@ def costs(results: Results) -> str:
 
 
 def _cost_of_pruning(results: Results) -> str:
-    pair = finetuned_pair(results)
-    if pair is None:
+    found = finetuned_pair(results)
+    if found is None:
         return "what pruning cost is not known, for no fine-tuned control arm was measured on the same text"
-    ours, control = (row.perplexity for row in pair)
     return (
-        f"pruning with fine-tuning changed perplexity by {change(ours, control)} against the dense model "
-        f"fine-tuned alike ({perplexity(ours)} against {perplexity(control)})"
+        f"pruning with fine-tuning changed perplexity by {_changed(found)} against the dense model fine-tuned alike"
+        f"{_besides(found)}"
     )
 
 
 def _cost_of_int8(results: Results) -> str:
-    row, pair = int8_row(results), int8_pair(results)
-    if row is None or pair is None:
+    row, found = int8_row(results), int8_pair(results)
+    if row is None:
+        return "what quantisation cost is not known, for its row was not measured"
+    if found is None:
+        arithmetic = settings(row)["arithmetic"]
         return (
-            "what quantisation cost is not known, for its row and the FP32 IR were not both measured on the same text"
+            f"what quantisation cost is not known, for no IR was measured in {arithmetic}, as its row, on the same text"
         )
-    ours, base = (quality.perplexity for quality in pair)
-    numbers = f"({perplexity(ours)} against {perplexity(base)})"
-    return f"{codes(row)} changed it by {change(ours, base)} against its FP32 IR {numbers}"
+    return f"{codes(row)} changed it by {_changed(found)} against its {base_name(found)}{_besides(found)}"
+
+
+def _changed(found: Pair) -> str:
+    """`+1.17 % (95 % interval +1.02 to +1.32 %; 59.90 against 59.21)`."""
+    assert found.row.quality and found.base.quality
+    ours, base = found.row.quality.perplexity, found.base.quality.perplexity
+    between = found.perplexity
+    low, high = (change(end, 1).removesuffix(" %") for end in (between.low, between.high)) if between else ("", "")
+    interval = f"95 % interval {low} to {high} %" if between else "no interval"
+    return f"{change(ours, base)} ({interval}; {perplexity(ours)} against {perplexity(base)})"
+
+
+def _besides(found: Pair) -> str:
+    return f" (besides: {found.besides})" if found.besides else ""
 
 
 def shortfalls(results: Results) -> str:
-    """What did not help, and how much was not measured."""
-    verdicts = judgements(results)
-    failed = [why for helps, why in verdicts if not helps]
-    if failed:
-        helped = f"did not help: {'; '.join(failed)}"
-    else:
-        helped = (
-            "every step that could be compared helped" if verdicts else "no step can be compared with the one before"
-        )
+    """What helped, what did not, what cannot be told or was not judged, and how much was not measured."""
+    found = judgements(results)
+    groups = {verdict: [each.why for each in found if each.verdict == verdict] for verdict in VERDICTS}
+    parts = [f"{verdict}: {'; '.join(whys)}" for verdict, whys in groups.items() if whys]
+    if not parts:
+        parts = ["no step can be compared with the one before"]
     missing = [row for row in results.rows if row.skipped is not None]
-    if not missing:
-        return _sentence(f"{helped}; no row of {len(results.rows)} was left unmeasured")
     reasons = "; ".join(Counter(row.skipped or "" for row in missing))
-    return _sentence(f"{helped}; not measured: {len(missing)} of {count(len(results.rows), 'row')} ({reasons})")
+    of = count(len(results.rows), "row")
+    parts.append(
+        f"not measured: {len(missing)} of {of} ({reasons})" if missing else f"no row of {of} was left unmeasured"
+    )
+    return ". ".join(map(_capital, parts)) + "."
 
 
-def judgements(results: Results) -> list[tuple[bool, str]]:
-    """For each step that can be compared: whether it did what it is for, and what to say if it did not."""
+class Judgement(NamedTuple):
+    """Whether a step did what it is for, by the 95 % interval of a pair."""
+
+    verdict: Literal["helped", "did not help", "cannot be told whether it helped", "not judged"]
+    why: str
+    pair: Pair | None = None
+
+
+VERDICTS = ("helped", "did not help", "cannot be told whether it helped", "not judged")
+
+_QUALITY_STEPS = (
+    ("fine-tuning", "finetune", "prune"),
+    ("pruning by score instead of at random", "prune", "control-random"),
+    ("the dense teacher instead of plain fine-tuning at equal FLOPs", "finetune", "control-plain"),
+)
+
+
+def judgements(results: Results) -> list[Judgement]:
+    """Each step that there is: judged against the row without it, or why it was not."""
+    return [*_judged_speeds(results), *_judged_perplexities(results)]
+
+
+def _judged_speeds(results: Results) -> list[Judgement]:
     found = []
     for row in measured(results, lambda r: r.latency):
-        if (base := step_before(results, row)) and row.latency and base.latency and same_load(row, base):
-            mine, theirs = row.latency.decode, base.latency.decode
-            faster = mine.p50 < theirs.p50 and apart(mine, theirs)
-            found.append((faster, f"{label(row)} decodes no faster than {label(base)}"))
-    for stage, other, why in (
-        ("finetune", "prune", "fine-tuning left perplexity no lower than pruning had"),
-        ("prune", "control-random", "pruning by score left perplexity no lower than pruning at random"),
-        (
-            "finetune",
-            "control-plain",
-            "the dense teacher gave no more than plain fine-tuning at equal time",
-        ),
-    ):
-        if pair := quality_pair(results, stage, other):
-            found.append((pair[0].perplexity < pair[1].perplexity, why))
+        if row.role != "chain" or row.stage not in ("half", "prune", "quantize"):
+            continue
+        pair = timed_before(results, row)
+        if pair is None:
+            why = f"decoding of {label(row)}, for no row without its step was timed alike"
+            found.append(Judgement("not judged", why))
+            continue
+        decode = pair.speed("decode")
+        what = (
+            f"{pair.step} for decoding ({label(row)} against {label(pair.base)}: {times(decode.value)} as fast, "
+            f"{_interval(decode, 3)}{_also(pair)})"
+        )
+        found.append(Judgement(_verdict(decode.higher, decode.lower), what, pair))
     return found
+
+
+def _judged_perplexities(results: Results) -> list[Judgement]:
+    found = []
+    stages = {row.stage for row in results.rows}
+    recipe = results.run.get("recipe") or {}
+    asked = bool((recipe.get("finetune") or {}).get("distill"))
+    for name, stage, other in _QUALITY_STEPS:
+        pair = quality_pair(results, stage, other)
+        if pair is not None:
+            between = pair.perplexity
+            verdict = _verdict(between.lower, between.higher) if between else VERDICTS[2]
+            interval = _interval(between) if between else "no interval"
+            why = f"{name} (perplexity {pair.change:.4f} ×, {interval}{_also(pair)})"
+            found.append(Judgement(verdict, why, pair))  # type: ignore[arg-type]
+        elif stage in stages and (other != "control-plain" or asked or other in stages):
+            found.append(Judgement("not judged", f"{name}, for {stage} and {other} were not both measured alike"))
+    return found
+
+
+def _verdict(good: bool, bad: bool) -> Literal["helped", "did not help", "cannot be told whether it helped"]:
+    return "helped" if good else "did not help" if bad else "cannot be told whether it helped"
+
+
+def _interval(found: Ratio, digits: int = 4) -> str:
+    return f"{found.low:.{digits}f} to {found.high:.{digits}f}"
+
+
+def _also(found: Pair) -> str:
+    return f"; besides: {found.besides}" if found.besides else ""
 
 
 def caveats(results: Results) -> list[str]:
     """What a reader must know before quoting a number."""
-    found = [*_missed_aims(results), *_text_caveats(results), *_gaps(results)]
+    found = [*_aims(results), *_text_caveats(results), *_gaps(results)]
     if (row := int8_row(results)) and kind(row) == "CPU":
         found.append(
             "INT8 rows run on the CPU and are compared with CPU rows only; no CPU row is compared with a GPU row."
@@ -167,22 +230,30 @@ def _disturbed(row: Row) -> bool | None:
     return any(timing.p90 > _DISTURBED * timing.p50 for timing in timings) or None
 
 
-def _missed_aims(results: Results) -> list[str]:
+def _aims(results: Results) -> list[str]:
+    """Aims that were missed, or of which it cannot be told."""
     found = []
-    row = int8_row(results)
+    row, int8 = int8_row(results), int8_pair(results)
     held = codes(row) if row else ""
     aims = (
         ("Pruned and fine-tuned, the model's perplexity", "the control arm's", finetuned_pair(results), FINETUNE_AIM),
-        (f"{held} perplexity", "its FP32 IR's", int8_pair(results), INT8_AIM),
+        (f"{held} perplexity", f"its {base_name(int8)}'s" if int8 else "", int8, INT8_AIM),
     )
     for what, whose, pair, aim in aims:
-        if pair and pair[0].perplexity > aim * pair[1].perplexity:
-            ratio = pair[0].perplexity / pair[1].perplexity
-            found.append(f"An aim was missed: {what} is {ratio:.4f} × {whose}, above {aim}.")
-    ir = fp32_ir(results, row, lambda r: r.bytes_on_disk) if row else None
-    if row and ir and row.bytes_on_disk and ir.bytes_on_disk and row.bytes_on_disk > INT8_SIZE_AIM * ir.bytes_on_disk:
-        ratio = row.bytes_on_disk / ir.bytes_on_disk
-        found.append(f"An aim was missed: {held} on disk is {ratio:.4f} × its FP32 IR, above {INT8_SIZE_AIM}.")
+        between = pair.perplexity if pair else None
+        if pair is None or (between and between.high <= aim):
+            continue
+        interval = _interval(between) if between else "no interval"
+        says = f"{what} is {pair.change:.4f} × {whose} ({interval})"
+        if between and between.low > aim:
+            found.append(f"An aim was missed: {says}, above {aim}.")
+        else:
+            found.append(f"Whether an aim was met cannot be told: {says}, where at most {aim} is wanted.")
+    files = int8_files(results)
+    if files and files.row.bytes_on_disk and files.base.bytes_on_disk:
+        ratio = files.row.bytes_on_disk / files.base.bytes_on_disk
+        if ratio > INT8_SIZE_AIM:
+            found.append(f"An aim was missed: {held} on disk is {ratio:.4f} × its FP32 IR, above {INT8_SIZE_AIM}.")
     return found
 
 
@@ -197,6 +268,14 @@ def _text_caveats(results: Results) -> list[str]:
         )
     if any(not same_text(scored[0], quality) for quality in scored[1:]):
         found.append("Rows were scored on different texts or windows: their perplexities do not all compare.")
+    bare = [row for row in measured(results, lambda r: r.quality) if row.quality and row.quality.stderr is None]
+    if bare:
+        short = min(row.quality.tokens for row in bare if row.quality)
+        why = "the text is too short" if not len(part_sizes(short)) else "the results are from a version without"
+        found.append(
+            f"Perplexities of {count(len(bare), 'row')} have no interval, for {why}: how they differ cannot be "
+            "told from chance."
+        )
     loads = {(r.latency.prompt_tokens, r.latency.new_tokens, r.latency.batch) for r in results.rows if r.latency}
     if len(loads) > 1:
         found.append("Rows were timed with different prompts or batches: only those with the same compare.")
@@ -246,12 +325,9 @@ def pruning_arithmetic(results: Results) -> str | None:
         f"{times(dense.parameters / pruned.parameters)} as fast at best"
     )
     timed = [row for row in measured(results, lambda r: r.latency) if row.stage == "prune"]
-    pairs = [(row, unpruned(results, row)) for row in timed]
-    seen = [
-        f"{speed(row.latency.decode, base.latency.decode)} on {row.device}"
-        for row, base in pairs
-        if row.latency and base and base.latency and same_load(row, base)
-    ]
+    found = (paired(row, unpruned(results, row)) for row in timed)
+    pairs = [each for each in found if each and same_load(each.row, each.base)]
+    seen = [f"{speed(each.speed('decode'))} on {each.row.device}" for each in pairs]
     return f"{text}; measured: {', '.join(seen)}." if seen else f"{text}; how much it made of that was not measured."
 
 
@@ -271,15 +347,21 @@ def _removed(heads: Heads) -> str:
 
 def distillation(results: Results) -> str | None:
     """What the dense teacher gave, against as long a training without it; `None` without that control arm."""
-    pair = quality_pair(results, "finetune", "control-plain")
-    if pair is None:
+    found = quality_pair(results, "finetune", "control-plain")
+    if found is None or not found.row.quality or not found.base.quality:
         return None
-    taught, plain = (row.perplexity for row in pair)
-    verdict = "the teacher was the better use of it" if taught < plain else "plain fine-tuning was the better use of it"
+    between = found.perplexity
+    if between and between.lower:
+        verdict = "the teacher was the better use of it"
+    elif between and between.higher:
+        verdict = "plain fine-tuning was the better use of it"
+    else:
+        verdict = "which was the better use of it cannot be told"
     return (
-        f"With the dense teacher, fine-tuning came to perplexity {perplexity(taught)}{_effort(results, 'finetune')}; "
-        f"plain fine-tuning at equal time, counted in FLOPs, to {perplexity(plain)}"
-        f"{_effort(results, 'control-plain')}: {verdict if taught != plain else 'neither was better'}."
+        f"With the dense teacher, fine-tuning came to perplexity {perplexity(found.row.quality.perplexity)}"
+        f"{_effort(results, 'finetune')}; plain fine-tuning at equal FLOPs to "
+        f"{perplexity(found.base.quality.perplexity)}{_effort(results, 'control-plain')}: {verdict} "
+        f"({found.change:.4f} ×, {f'95 % interval {_interval(between)}' if between else 'no interval'})."
     )
 
 
@@ -302,6 +384,14 @@ def protocol(results: Results) -> list[str]:
                 f"text SHA-256 {q.text_sha256}."
             )
     for row in results.rows:
+        if row.quality and row.quality.parts:
+            found.append(
+                f"Intervals of perplexities: the text is cut into {len(row.quality.parts)} parts of "
+                f"{count(row.quality.tokens // len(row.quality.parts), 'token')} or one more, whose mean NLLs give the "
+                "standard error (batch means, Student's t); two rows are compared part by part, so a difference "
+                "between rows is surer than their own intervals tell."
+            )
+    for row in results.rows:
         if lat := row.latency:
             found.append(
                 f"Latency: prompt of {count(lat.prompt_tokens, 'token')}, then {count(lat.new_tokens, 'new token')}, "
@@ -321,4 +411,12 @@ def protocol(results: Results) -> list[str]:
 
 
 def _sentence(text: str) -> str:
-    return f"{text[0].upper()}{text[1:]}."
+    return f"{_capital(text)}."
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def _and(items: list[str]) -> str:
+    return " and ".join(items)

@@ -28,8 +28,8 @@ def millions(number: int | None) -> str:
 
 
 def perplexity(value: float) -> str:
-    """Two decimals, fewer where a value is so large that they say nothing."""
-    return f"{value:,.2f}" if value < 10_000 else f"{value:,.0f}"
+    """Two decimals, fewer where a value is so large that they say nothing, and an exponent at last."""
+    return f"{value:,.2f}" if value < 1e4 else f"{value:,.0f}" if value < 1e9 else f"{value:.2e}"
 
 
 def change(value: float, base: float) -> str:

@@ -23,6 +23,7 @@ REFERENCES = {
     "fineweb-edu": Reference(3.2924, "FineWeb-Edu's validation loss: play.ipynb of github.com/karpathy/build-nanogpt"),
 }
 HELLASWAG = Reference(0.294463, "HellaSwag: the same notebooks")
+_HELLASWAG_DOCUMENTS = 10_042  # which the reference is of
 
 _PANELS = (
     ("loss", "loss (nats per token)"),
@@ -37,7 +38,10 @@ Point = Mapping[str, float]
 
 
 def draw(curve: Sequence[Point], reference: str | None = None) -> "Figure | None":
-    """Losses, scores, learning rate, gradient norm and speed over steps; `reference` names one of `REFERENCES`."""
+    """Losses, scores, learning rate, gradient norm and speed over steps; `reference` names one of `REFERENCES`.
+
+    A score has its reference line where all documents were asked: as `hellaswag_documents` tells.
+    """
     if not curve:
         return None
     with style.look():
@@ -47,19 +51,22 @@ def draw(curve: Sequence[Point], reference: str | None = None) -> "Figure | None
 def _draw(curve: Sequence[Point], reference: str | None) -> "Figure":
     panels = [(key, label) for key, label in _PANELS if any(key in point for point in curve)]
     note = "Thin: training loss as logged, gradient norms before clipping; with markers: on the validation text."
-    if reference:
-        sources = [REFERENCES[reference].source]
-        sources += [HELLASWAG.source] if any("hellaswag" in point for point in curve) else []
-        note += f" Dashed: OpenAI's GPT-2 124M ({'; '.join(sources)})."
+    asked = {point.get("hellaswag_documents") for point in curve if "hellaswag" in point}
+    levels = {"loss": REFERENCES[reference]} if reference else {}
+    if reference and asked == {_HELLASWAG_DOCUMENTS}:
+        levels["hellaswag"] = HELLASWAG
+    if levels:
+        note += f" Dashed: OpenAI's GPT-2 124M ({'; '.join(level.source for level in levels.values())})."
+    if asked and asked != {_HELLASWAG_DOCUMENTS}:
+        note += " HellaSwag: a part of its documents alone, which compares with no published score."
     rows = -(-len(panels) // 2)
     figure = style.frame("Pretraining", 2.3 * rows, note)
     for axes, (key, label) in zip(figure.subplots(rows, 2, squeeze=False).flat, panels, strict=False):
         _line(axes, curve, key, marker=key == "hellaswag")
         if key == "loss":
             _line(axes, curve, "validation_loss", marker=True)
-        if reference and key in ("loss", "hellaswag"):
-            level = REFERENCES[reference].loss if key == "loss" else HELLASWAG.loss
-            axes.axhline(level, color=QUIET, linestyle="--", linewidth=1)
+        if key in levels:
+            axes.axhline(levels[key].loss, color=QUIET, linestyle="--", linewidth=1)
         axes.set_ylabel(label)
         axes.set_xlabel("optimizer step")
         axes.grid()

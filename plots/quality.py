@@ -2,7 +2,8 @@
 
 from typing import TYPE_CHECKING, Literal
 
-from eval.results import CurvePoint, Heads, Results
+from eval.results import CurvePoint, Heads, Results, Row
+from eval.statistics import perplexity_interval
 from plots import style
 from plots.numbers import NONE, perplexity
 from plots.rows import count, labels, measured, unmeasured_note
@@ -12,30 +13,43 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _LOG_ABOVE = 20.0  # largest over smallest perplexity
+_WHISKERS = (
+    "Whiskers: each row's own 95 % interval; rows read one text, so their differences are surer than these tell."
+)
 
 
 @style.styled
 def draw(results: Results) -> "Figure | None":
-    """Perplexity of every row, as horizontal bars; control arms hatched."""
+    """Perplexity of every row with its 95 % interval, as horizontal bars; control arms hatched."""
     rows = measured(results, lambda row: row.quality)
     if not rows:
         return None
-    note = f"Lower is better. {unmeasured_note(results, rows)}"
+    whiskers = "" if all(row.quality and row.quality.stderr is None for row in rows) else f"{_WHISKERS} "
+    note = f"Lower is better. {whiskers}{unmeasured_note(results, rows)}"
     figure = style.frame("Perplexity", 0.27 * len(rows) + 0.65, note, style.role_handles(rows))
     axes = figure.subplots()
     values = [row.quality.perplexity for row in rows if row.quality]
-    for y, (row, value) in enumerate(zip(rows, values, strict=True)):
+    ends = [_ends(row) for row in rows]
+    for y, (row, value, (low, high)) in enumerate(zip(rows, values, ends, strict=True)):
         axes.barh(y, value, height=0.68, **style.fill(row))
-        style.value_at(axes, value, y, perplexity(value))
+        if low < high:
+            axes.errorbar(value, y, xerr=[[value - low], [high - value]], color=style.INK, capsize=2, linewidth=1)
+        style.value_at(axes, high, y, perplexity(value))
     style.name_bars(axes, labels(rows))
     if max(values) > _LOG_ABOVE * min(values):
-        axes.set_xscale("log")
-        axes.set_xlim(min(values) / 2, max(values) * 2)
+        style.log_scale(axes, "x")
+        axes.set_xlim(min(values) / 2, max(high for _, high in ends) * 2)
         axes.set_xlabel("perplexity per token (log scale)")
     else:
-        axes.set_xlim(0, 1.1 * max(values))
+        axes.set_xlim(0, 1.1 * max(high for _, high in ends))
         axes.set_xlabel("perplexity per token")
     return figure
+
+
+def _ends(row: Row) -> tuple[float, float]:
+    """The perplexity's interval, of no length where it has none."""
+    assert row.quality
+    return perplexity_interval(row.quality) or (row.quality.perplexity, row.quality.perplexity)
 
 
 @style.styled

@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 
-from eval.results import Quality, Results, Row, Timing
+from eval.results import Quality, Results, Row
 from eval.statistics import Ratio, ratio
 
 SEPARATOR = " · "
@@ -40,33 +40,9 @@ def measured(results: Results, value: Callable[[Row], object]) -> list[Row]:
     return [row for row in results.rows if row.skipped is None and value(row) is not None]
 
 
-def twin(results: Results, row: Row, stage: str, value: Callable[[Row], object]) -> Row | None:
-    """The measured row of `stage` on the same engine, device and precision that has `value`."""
-    for other in measured(results, value):
-        if (other.stage, *_place(other)) == (stage, *_place(row)):
-            return other
-    return None
-
-
-def _place(row: Row) -> tuple[str, str, str]:
-    return row.engine, row.device, row.precision
-
-
-def fp32_ir(results: Results, row: Row, value: Callable[[Row], object]) -> Row | None:
-    """The FP32 export that a quantized row is judged against: same stage, engine and device."""
-    wanted = (row.stage, row.engine, row.device, "fp32")
-    return next((other for other in measured(results, value) if (other.stage, *_place(other)) == wanted), None)
-
-
 def codes(row: Row) -> str:
     """What a quantised row holds: `INT8`, `INT4-INT8`."""
     return row.precision.upper()
-
-
-def int8_row(results: Results) -> Row | None:
-    """The measured INT8 row of the chain."""
-    rows = measured(results, lambda row: row.quality or row.latency or row.bytes_on_disk)
-    return next((row for row in rows if row.stage == "quantize" and row.role == "chain"), None)
 
 
 def reference(results: Results, row: Row) -> Row | None:
@@ -98,11 +74,6 @@ def same_text(one: Quality, other: Quality) -> bool:
     """Whether two perplexities were scored on the same tokens in the same windows."""
     scored = [(q.tokens, q.context, q.stride, q.text_sha256, q.text_share) for q in (one, other)]
     return scored[0] == scored[1]
-
-
-def apart(one: Timing, other: Timing) -> bool:
-    """Whether the 95 % intervals of the medians do not touch."""
-    return one.ci95[1] < other.ci95[0] or other.ci95[1] < one.ci95[0]
 
 
 def unmeasured_note(results: Results, drawn: Sequence[Row]) -> str:

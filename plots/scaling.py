@@ -33,7 +33,7 @@ def draw(record: Record) -> "Figure":
             flops = FLOPS * training["parameters"] * training["tokens"]
             losses.plot(flops, training["loss"], **_budget(record, training["budget"]), markersize=4, linestyle="")
         _frontier(best, record, "parameters", "best number of parameters")
-        best.set_yscale("log")
+        style.log_scale(best, "y")
         for bottom in record["bottoms"]:
             best.plot(bottom["budget"], bottom["parameters"], "x", color=style.INK, markersize=7)
         _exponents(exponents, record)
@@ -63,7 +63,7 @@ def _sizes(axes: "Axes", record: Record) -> None:
         axes.plot(grid, law.loss(grid, budget / (FLOPS * grid)), color=look["color"], linewidth=1)
     for bottom in record["bottoms"]:
         axes.plot(bottom["parameters"], bottom["loss"], "x", color=style.INK, markersize=7)
-    axes.set_xscale("log")
+    style.log_scale(axes, "x")
     axes.set_xlabel("parameters")
     axes.set_ylabel("loss (nats per token)")
     axes.grid()
@@ -81,7 +81,7 @@ def _frontier(axes: "Axes", record: Record, key: str, label: str) -> None:
     look = {"color": style.series(0)["color"], "linewidth": 1.4}
     axes.plot(flops, values, linestyle=":", **look)
     axes.plot(flops, inside, **look)
-    axes.set_xscale("log")
+    style.log_scale(axes, "x")
     axes.set_xlabel("FLOPs of a training")
     axes.set_ylabel(label)
     axes.grid()

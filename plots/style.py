@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from eval.results import Results, Row
 
@@ -63,6 +63,7 @@ _LOOK: dict[str, Any] = {
     "ytick.color": INK,
     "hatch.linewidth": 0.8,
     "figure.facecolor": "white",
+    "text.parse_math": False,  # a name may hold dollars
     "svg.fonttype": "none",  # text stays text: it can be searched, selected and read aloud
     "svg.hashsalt": "headroom",
 }
@@ -132,7 +133,7 @@ def role_handles(rows: Sequence[Row]) -> list[Any]:
     present = [role for role in ROLES if any(row.role == role for row in rows)]
     if len(present) < 2:
         return []
-    return [Patch(label=ROLES[role], **fill(Row("", "", "", "", role=role))) for role in present]
+    return [Patch(label=ROLES[role], **fill(Row("any", "any", "any", "any", role=role))) for role in present]
 
 
 def frame(title: str, height: float, note: str = "", handles: Sequence[Any] = (), width: float = WIDTH) -> "Figure":
@@ -167,6 +168,16 @@ def frame(title: str, height: float, note: str = "", handles: Sequence[Any] = ()
     if lines:
         figure.text(left, 0.07 / total, "\n".join(lines), va="bottom", fontsize=8, color=QUIET)
     return figure
+
+
+def log_scale(axes: "Axes", which: Literal["x", "y"]) -> None:
+    """A log scale with plain numbers at its ticks: matplotlib's own are formulas, which `look` leaves unread."""
+    from matplotlib.ticker import LogFormatter
+
+    axes.set(**{f"{which}scale": "log"})
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    axis.set_major_formatter(LogFormatter())
+    axis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(1, 0.4)))
 
 
 def name_bars(axes: "Axes", names: Sequence[str]) -> None:

@@ -7,8 +7,8 @@ from eval.results import Results, Row
 from plots import style
 from plots import table as cells
 from plots.numbers import megabytes, millions
-from plots.pairs import finetuned_pair
-from plots.rows import int8_row, kind, label
+from plots.pairs import Pair, finetuned_pair, int8_row
+from plots.rows import kind, label
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -58,24 +58,41 @@ def markdown(lines: Sequence[tuple[str, ...]]) -> str:
 
 def smallest(points: Sequence[tuple[Choices, Results | str]]) -> str | None:
     """In a sentence, the smallest point whose perplexity after fine-tuning is within `AIM` of the dense model's that
-    was fine-tuned alike, or the nearest to it; `None` where no point has that control arm, or all are of one size."""
+    was fine-tuned alike, its interval wholly, or the nearest to it, and the smaller ones of which it cannot be told;
+    `None` where no point has that control arm, or all are of one size."""
     judged = []
     for choices, found in points:
         pair = finetuned_pair(found) if isinstance(found, Results) else None
         if pair is not None and isinstance(found, Results):
             parameters = next(row.parameters for row in found.rows if row.stage == "finetune") or 0
-            judged.append((parameters, pair[0].perplexity / pair[1].perplexity, choices, found))
+            judged.append((parameters, pair.change, choices, found, pair))
     if not judged or len({parameters for parameters, *_ in judged}) == 1 < len(judged):
         return None
-    within = [each for each in judged if each[1] <= AIM]
+    within = [each for each in judged if (between := each[-1].perplexity) and between.high <= AIM]
     best = min(within, key=lambda each: each[:2]) if within else min(judged, key=lambda each: each[1])
-    parameters, ratio, choices, found = best
+    open_ones = [each for each in judged if _undecided(each[-1]) and not (within and each[0] >= best[0])]
+    parameters, _, choices, found, pair = best
     quantized = int8_row(found)
     size = f", {megabytes(quantized.bytes_on_disk)} MB in {quantized.precision.upper()}" if quantized else ""
     name = _series(choices, list(choices))
-    point = f"{name}: {millions(parameters)} parameters{size}, {ratio:.3f} × its perplexity after fine-tuning"
+    point = f"{name}: {millions(parameters)} parameters{size}, {_ratio(pair)} its perplexity after fine-tuning"
     aim = f"within {AIM} × the perplexity of the dense model fine-tuned alike"
-    return f"The smallest model {aim} is {point}." if within else f"No point is {aim}; the nearest is {point}."
+    said = f"The smallest model {aim} is {point}." if within else f"No point is surely {aim}; the nearest is {point}."
+    if open_ones:
+        names = (f"{_series(choices, list(choices))} ({_ratio(pair)})" for _, _, choices, _, pair in open_ones)
+        said += f" Whether {'smaller ones are' if within else 'they are'} cannot be told of: {'; '.join(names)}."
+    return said
+
+
+def _undecided(pair: Pair) -> bool:
+    between = pair.perplexity
+    return between is None or between.low <= AIM < between.high
+
+
+def _ratio(pair: Pair) -> str:
+    """`1.021 × (1.015 to 1.027)`."""
+    between = pair.perplexity
+    return f"{pair.change:.3f} × ({f'{between.low:.3f} to {between.high:.3f}' if between else 'no interval'})"
 
 
 def draw(points: Sequence[tuple[Choices, Results]]) -> "Figure | None":

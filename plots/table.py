@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from eval.results import Results, Row, Timing
+from eval.statistics import perplexity_interval
 from plots import rows as compare
 from plots.numbers import NONE, megabytes, millions, milliseconds, perplexity, times
 
@@ -15,7 +16,7 @@ _WIDTH = 120
 
 @dataclass(frozen=True)
 class Line:
-    """One row as text. `cells` follow `COLUMNS`, and so do `intervals`: 95 % of the median, or nothing."""
+    """One row as text. `cells` follow `COLUMNS`, and so do `intervals`: of 95 %, or nothing."""
 
     row: Row
     cells: tuple[str, ...]
@@ -42,7 +43,9 @@ def _line(results: Results, row: Row) -> Line:
     own = compare.reference(results, row) is row
     gained = f"{speedup.low:,.2f} to {speedup.high:,.2f}" if speedup and not own else ""
     timed = (interval(latency.prefill), interval(latency.decode)) if latency else ("", "")
-    return Line(row, cells, ("", "", "", "", *timed, gained, ""))
+    scored = perplexity_interval(row.quality) if row.quality else None
+    between = " to ".join(map(perplexity, scored)) if scored else ""
+    return Line(row, cells, ("", "", "", between, *timed, gained, ""))
 
 
 def interval(timing: Timing) -> str:
@@ -62,6 +65,8 @@ def legend(results: Results) -> list[str]:
     for device, base in bases.items():
         if base is not None:
             notes.append(f"speed-up on {device}: median decode time against {compare.label(base)}")
+    if any(row.quality and row.quality.parts for row in results.rows):
+        notes.append("perplexity: the interval is the row's own; rows on one text differ more surely than it tells")
     return [*notes, "MB: 10^6 bytes; RSS: resident memory of the process"]
 
 

@@ -1,8 +1,10 @@
 """How well the rows do at tasks, beside what was published for GPT-2 124M."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from eval.results import Results, Row, Score
+from eval.statistics import accuracy_interval
 from plots import style
 from plots.rows import label, labels, measured, unmeasured_note
 
@@ -18,14 +20,20 @@ class Published(NamedTuple):
     accuracy: float
     source: str
     chance: float | None
+    documents: int
+    """How many it is an accuracy of: all of the split."""
 
 
 PUBLISHED = {
     "hellaswag": Published(
-        "HellaSwag", 0.2955, "HellaSwag in completion style, hellaswag.py of github.com/karpathy/build-nanogpt", 0.25
+        "HellaSwag",
+        0.2955,
+        "HellaSwag in completion style, hellaswag.py of github.com/karpathy/build-nanogpt",
+        0.25,
+        10_042,
     ),
     "lambada": Published(
-        "LAMBADA", 0.3256, "LAMBADA in OpenAI's variant, EleutherAI/lm-evaluation-harness issue 2159", None
+        "LAMBADA", 0.3256, "LAMBADA in OpenAI's variant, EleutherAI/lm-evaluation-harness issue 2159", None, 5_153
     ),
 }
 
@@ -56,24 +64,41 @@ def _cell(score: Score | None) -> str:
 
 def note(results: Results) -> str:
     """What the numbers are, and where the published ones come from."""
-    sources = "; ".join(f"{PUBLISHED[task].accuracy} for {PUBLISHED[task].source}" for task in names(results))
     return (
         "Accuracy with its standard error, and how many of the task's documents, from the first on, were asked. "
-        f"Published for GPT-2 124M: {sources}."
-    )
+        "Rows answered the same documents, so differences between them are surer than their errors tell. "
+        f"{_published(results)}"
+    ).strip()
+
+
+def _published(results: Results) -> str:
+    """Published scores are of all documents: where fewer were asked, there is nothing to compare with."""
+    whole = [task for task in names(results) if _whole(results.rows, task)]
+    sources = "; ".join(f"{PUBLISHED[task].accuracy} for {PUBLISHED[task].source}" for task in whole)
+    parts = [f"Published for GPT-2 124M, on all documents: {sources}."] if whole else []
+    parts += [
+        f"Only a part of {PUBLISHED[task].name} was asked, which compares with no published score."
+        for task in names(results)
+        if task not in whole
+    ]
+    return " ".join(parts)
+
+
+def _whole(rows: Sequence[Row], task: str) -> bool:
+    """Whether every scored row was asked all that the published score is of."""
+    return all(row.tasks[task].documents == PUBLISHED[task].documents for row in rows if task in row.tasks)
 
 
 @style.styled
 def draw(results: Results) -> "Figure | None":
-    """Accuracy of every row by task, with 95 % intervals; dashed: GPT-2 124M as published."""
+    """Accuracy of every row by task, with 95 % intervals; dashed: GPT-2 124M as published, where all was asked."""
     rows = measured(results, lambda row: row.tasks or None)
     tasks = names(results)
     if not rows:
         return None
     caption = (
-        "Whiskers: 95 % interval (1.96 standard errors). Dashed: published for GPT-2 124M, "
-        + "; ".join(f"{PUBLISHED[task].accuracy} for {PUBLISHED[task].source}" for task in tasks)
-        + f". Dotted: guessing. {unmeasured_note(results, rows)}"
+        f"Whiskers: 95 % interval (Wilson). Dashed: {_published(results)} Dotted: guessing. "
+        f"{unmeasured_note(results, rows)}"
     )
     figure = style.frame("Tasks", 0.27 * len(rows) + 0.95, caption, style.role_handles(rows))
     panels = figure.subplots(1, len(tasks), sharey=True, squeeze=False)[0]
@@ -88,17 +113,21 @@ def draw(results: Results) -> "Figure | None":
 
 def _panel(axes: "Axes", task: str, rows: list[Row]) -> None:
     published, most = PUBLISHED[task], PUBLISHED[task].accuracy
+    whole = _whole(rows, task)
     asked = {score.documents for row in rows if (score := row.tasks.get(task))}
     for y, row in enumerate(rows):
         if score := row.tasks.get(task):
             axes.barh(y, score.accuracy, height=0.68, **style.fill(row))
-            half = 1.96 * score.stderr
-            axes.errorbar(score.accuracy, y, xerr=half, color=style.INK, linewidth=1, capsize=2)
-            style.value_at(axes, score.accuracy + half, y, f"{score.accuracy:.3f}")
-            most = max(most, score.accuracy + half)
-    axes.axvline(published.accuracy, color=style.INK, linestyle="--", linewidth=1)
+            low, high = accuracy_interval(score)
+            reach = [[score.accuracy - low], [high - score.accuracy]]
+            axes.errorbar(score.accuracy, y, xerr=reach, color=style.INK, linewidth=1, capsize=2)
+            style.value_at(axes, high, y, f"{score.accuracy:.3f}")
+            most = max(most, high)
+    if whole:
+        axes.axvline(published.accuracy, color=style.INK, linestyle="--", linewidth=1)
     if published.chance is not None:
         axes.axvline(published.chance, color=style.QUIET, linestyle=":", linewidth=1)
     axes.set_xlim(0, 1.2 * most)
-    axes.set_title(f"{published.name}: {' or '.join(f'{number:,}' for number in sorted(asked))} documents")
+    documents = f"{' or '.join(f'{number:,}' for number in sorted(asked))} documents"
+    axes.set_title(f"{published.name}: {documents}{'' if whole else ', a part'}")
     axes.set_xlabel("accuracy")

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 from eval.results import Results, Row
 from plots import style
 from plots.numbers import megabytes
-from plots.placing import Box, Circle, place
-from plots.rows import by_kind, labels, measured, unmeasured_note
+from plots.pairs import Pair
+from plots.placing import Box, Circle, gap, leader, place
+from plots.rows import by_kind, labels, measured, same_load, same_text, unmeasured_note
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,14 +24,14 @@ _LEADER = {"arrowstyle": "-", "color": style.INK, "linewidth": 0.6, "shrinkA": 0
 
 @style.styled
 def draw(results: Results) -> "Figure | None":
-    """Perplexity against decode time; marker area is bytes on disk; the Pareto front as a line of steps."""
+    """Perplexity against decode time; marker area is bytes on disk; rows that none beats measurably are ringed."""
     rows = measured(results, lambda row: row.quality and row.latency)
     if not rows:
         return None
     groups = by_kind(rows)
     note = (
-        "Down and to the left is better. The dashed line is the Pareto front: no row is both faster and better. "
-        f"{unmeasured_note(results, rows)}"
+        "Down and to the left is better. Ringed: the Pareto front, rows that no other measurably beats in one way "
+        f"without measurably losing in the other, by 95 % intervals of pairs. {unmeasured_note(results, rows)}"
     )
     handles = [*style.role_handles(rows), *_size_handles(rows)]
     figure = style.frame("Perplexity against decode latency", 4.3 * len(groups), note, handles)
@@ -45,38 +46,53 @@ def draw(results: Results) -> "Figure | None":
     return figure
 
 
-def pareto(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The points that no other beats in one coordinate without losing in the other, from left to right; low is good."""
-    front: list[tuple[float, float]] = []
-    for point in sorted(set(points)):
-        if not front or point[1] < front[-1][1]:
-            front.append(point)
-    return front
+def unbeaten(rows: Sequence[Row]) -> list[Row]:
+    """The rows that no other beats, by the 95 % intervals of pairs; none where a pair has no interval."""
+    comparable = all(
+        same_load(one, other) and one.quality and other.quality and same_text(one.quality, other.quality)
+        for one, other in itertools.pairwise(rows)
+    )
+    if not comparable or (len(rows) > 1 and any(row.quality and not row.quality.parts for row in rows)):
+        return []
+    return [row for row in rows if not any(_beats(other, row) for other in rows if other is not row)]
+
+
+def _beats(row: Row, base: Row) -> bool:
+    """Measurably faster or better, and measurably neither slower nor worse."""
+    pair = Pair(row, base, [])
+    speed, perplexity = pair.speed("decode"), pair.perplexity
+    if perplexity is None:
+        return False
+    return (speed.higher or perplexity.lower) and not speed.lower and not perplexity.higher
 
 
 def front(results: Results) -> list[str]:
     """For each kind of device, one sentence that names the rows on its Pareto front."""
     found = []
     for kind, rows in by_kind(measured(results, lambda row: row.quality and row.latency)).items():
-        best = set(pareto(_points(rows)))
-        names = [name for name, point in zip(labels(rows), _points(rows), strict=True) if point in best]
+        best = unbeaten(rows)
+        names = [name for name, row in zip(labels(rows), rows, strict=True) if row in best]
+        if not names:
+            found.append(f"On the {kind}, which rows no other beats cannot be told: not all pairs have intervals.")
+            continue
         several = f"{', '.join(names[:-1])} or " if len(names) > 1 else ""
-        found.append(f"On the {kind}, no row is both faster and better than {several}{names[-1]}.")
+        found.append(f"On the {kind}, no row measurably beats {several}{names[-1]} without losing in the other way.")
     return found
 
 
 def _panel(axes: "Axes", rows: list[Row], areas: list[float]) -> None:
-    points = _points(rows)
-    front = pareto(points)
-    axes.step(*zip(*front, strict=True), where="post", color=style.QUIET, linestyle="--", linewidth=1, zorder=1)
+    points, best = _points(rows), unbeaten(rows)
     # Large markers first: a small one must not vanish under them.
     for (x, y), row, area in sorted(zip(points, rows, areas, strict=True), key=lambda each: -each[2]):
         axes.scatter(x, y, s=area, zorder=2, **style.fill(row))
+        if row in best:
+            ring = (math.sqrt(area) + 5) ** 2
+            axes.scatter(x, y, s=ring, zorder=2, facecolor="none", edgecolor=style.INK, linewidth=1.1)
     axes.set_xlabel("decode: time per output token (ms)")
     xs, ys = zip(*points, strict=True)
     axes.set_xlim(*_around(xs, 0.12, 0.35))
     if max(ys) > _LOG_ABOVE * min(ys):
-        axes.set_yscale("log")
+        style.log_scale(axes, "y")
         axes.set_ylim(min(ys) / 1.6, max(ys) * 1.6)
         axes.set_ylabel("perplexity per token (log scale)")
     else:
@@ -104,18 +120,18 @@ def _write_labels(axes: "Axes", rows: list[Row], areas: list[float]) -> None:
     figure: Any = axes.figure
     scale = 72 / figure.dpi
     places = axes.transData.transform(_points(rows)) * scale
-    circles = [(float(x), float(y), math.sqrt(area / math.pi) + 1) for (x, y), area in zip(places, areas, strict=True)]
+    circles = [(float(x), float(y), math.sqrt(area / math.pi) + 4) for (x, y), area in zip(places, areas, strict=True)]
     names = labels(rows, brief=True)
     sizes = [_extent(axes, name, scale) for name in names]
     frame = axes.get_window_extent()
     bounds = (frame.x0 * scale, frame.y0 * scale, frame.x1 * scale, frame.y1 * scale)
-    boxes = place(circles, sizes, bounds, _front_boxes(axes, _points(rows), scale))
+    boxes = place(circles, sizes, bounds)
     for name, circle, box, data in zip(names, circles, boxes, _points(rows), strict=True):
         x, y, _ = circle
         middle = ((box[0] + box[2]) / 2 - x, (box[1] + box[3]) / 2 - y)
         if _needs_leader(box, circle, circles):
-            end = (min(max(x, box[0]), box[2]) - x, min(max(y, box[1]), box[3]) - y)
-            axes.annotate("", data, end, textcoords="offset points", arrowprops=_LEADER, zorder=3)
+            _, (end_x, end_y) = leader(circle, box)
+            axes.annotate("", data, (end_x - x, end_y - y), textcoords="offset points", arrowprops=_LEADER, zorder=3)
         axes.annotate(
             name,
             data,
@@ -130,23 +146,9 @@ def _write_labels(axes: "Axes", rows: list[Row], areas: list[float]) -> None:
 
 
 def _needs_leader(box: Box, own: Circle, circles: Sequence[Circle]) -> bool:
-    """Whether a label stands off its point, or nearer to another."""
-    gap = _gap(box, own)
-    return gap > 6 or any(_gap(box, other) <= gap for other in circles if other is not own)
-
-
-def _gap(box: Box, circle: Circle) -> float:
-    x, y, radius = circle
-    return math.hypot(min(max(x, box[0]), box[2]) - x, min(max(y, box[1]), box[3]) - y) - radius
-
-
-def _front_boxes(axes: "Axes", points: Sequence[tuple[float, float]], scale: float) -> list[Box]:
-    """The steps of the Pareto front as thin boxes, for labels to keep clear of."""
-    front = axes.transData.transform(pareto(points)) * scale
-    boxes: list[Box] = []
-    for (left, top), (right, bottom) in itertools.pairwise(front.tolist()):
-        boxes += [(left, top - 1, right, top + 1), (right - 1, bottom, right + 1, top)]
-    return boxes
+    """Whether a label stands off its point, or nearly as near to another."""
+    space = gap(box, own)
+    return space > 6 or any(gap(box, other) <= space + 4 for other in circles if other is not own)
 
 
 def _extent(axes: "Axes", name: str, scale: float) -> tuple[float, float]:

@@ -4,10 +4,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from eval.results import Results, Row, Timing
-from eval.statistics import Ratio, ratio
+from eval.results import Quality, Results, Row, Timing
+from eval.statistics import Ratio, perplexity_ratio, ratio
 from plots import style
 from plots.numbers import NONE, megabytes, milliseconds, perplexity, significant
+from plots.pairs import paired
 from plots.rows import by_kind, count, label, labels, same_text
 from plots.table import aligned
 
@@ -52,8 +53,8 @@ class Comparison(NamedTuple):
 @dataclass(frozen=True)
 class _Measure:
     title: str
-    value: Callable[[Row], Timing | float | None]
-    """Samples where there are any: then the ratio has an interval."""
+    value: Callable[[Row], Timing | Quality | float | None]
+    """Samples or parts where there are any: then the ratio has an interval."""
     show: Callable[[float], str]
     less: str = "smaller"
     more: str = "larger"
@@ -77,12 +78,12 @@ def _load(a: Row, b: Row) -> str:
 
 _SPEED = ("faster", "slower", _load)
 _MEASURES = (
-    _Measure("Perplexity", lambda r: r.quality.perplexity if r.quality else None, perplexity, "better", "worse", _text),
+    _Measure("Perplexity", lambda r: r.quality, perplexity, "better", "worse", _text),
     _Measure("Decode (ms per token)", lambda r: r.latency.decode if r.latency else None, milliseconds, *_SPEED),
     _Measure("Prefill (ms)", lambda r: r.latency.prefill if r.latency else None, milliseconds, *_SPEED),
-    _Measure("Peak RSS (MB)", lambda r: r.memory.peak_rss if r.memory else None, _bytes),
-    _Measure("GPU memory (MB)", lambda r: r.memory.gpu_process if r.memory else None, _bytes),
-    _Measure("Size on disk (MB)", lambda r: r.bytes_on_disk, _bytes),
+    _Measure("Peak RSS (MB)", lambda r: (r.memory.peak_rss or None) if r.memory else None, _bytes),
+    _Measure("GPU memory (MB)", lambda r: (r.memory.gpu_process or None) if r.memory else None, _bytes),
+    _Measure("Size on disk (MB)", lambda r: r.bytes_on_disk or None, _bytes),
 )
 
 
@@ -118,19 +119,29 @@ def _line(measure: _Measure, a: Row | None, b: Row | None, apart: str) -> Line |
         return Line(row, left, right, NONE, "", None, f"in {'B' if ours is None else 'A'} only")
     if why := measure.barrier(a, b) or (apart if isinstance(ours, Timing) else ""):
         return Line(row, left, right, NONE, "", None, f"not comparable: {why}")
-    if isinstance(ours, Timing) and isinstance(theirs, Timing):
-        found = ratio(theirs, ours, interleaved=False)
+    value = _middle(theirs) / _middle(ours)
+    found = _with_interval(theirs, ours)
+    if found is not None:
         between = f"{_ratio(found.low)} to {_ratio(found.high)}"
-        verdict = measure.less if found.high < 1 else measure.more if found.low > 1 else "not measurably different"
+        verdict = measure.less if found.lower else measure.more if found.higher else "not measurably different"
+    elif isinstance(ours, Quality):
+        found, between, verdict = Ratio(value, value, value), "", "cannot be told: no interval"
     else:
-        value = _middle(theirs) / _middle(ours)
         found, between = Ratio(value, value, value), ""
         verdict = "alike" if _ratio(value) == "1.000" else measure.less if value < 1 else measure.more
     return Line(row, left, right, _ratio(found.value), between, found, verdict)
 
 
-def _middle(value: Timing | float) -> float:
-    return value.p50 if isinstance(value, Timing) else value
+def _with_interval(theirs: Timing | Quality | float, ours: Timing | Quality | float) -> Ratio | None:
+    if isinstance(theirs, Timing) and isinstance(ours, Timing):
+        return ratio(theirs, ours, interleaved=False)
+    if isinstance(theirs, Quality) and isinstance(ours, Quality):
+        return perplexity_ratio(theirs, ours)
+    return None
+
+
+def _middle(value: Timing | Quality | float) -> float:
+    return value.p50 if isinstance(value, Timing) else value.perplexity if isinstance(value, Quality) else value
 
 
 def _ratio(value: float) -> str:
@@ -192,6 +203,10 @@ def _caveats(a: Results, b: Results, pairs: list[_Pair], apart: str) -> list[str
             "The runs were not timed in turns: an interval holds the scatter within each run, not what else changed on "
             "the machine between them. The verb bench times models in turns."
         )
+    computed = [(label(ours), what) for ours, theirs in both if (what := _computed(ours, theirs))]
+    if computed:
+        names = "; ".join(f"{name}: B has {what}" for name, what in computed)
+        found.append(f"{count(len(computed), 'row')} computed otherwise in B, which the ratios hold as well: {names}.")
     if a.run.get("versions") != b.run.get("versions"):
         found.append("Libraries differ in version: what differs between the runs may come from these.")
     texts = [why for ours, theirs in both if (why := _text(ours, theirs))]
@@ -201,6 +216,14 @@ def _caveats(a: Results, b: Results, pairs: list[_Pair], apart: str) -> list[str
     if neither:
         found.append(f"Measured in neither run: {', '.join(neither)}.")
     return found
+
+
+def _computed(ours: Row, theirs: Row) -> str:
+    """What differs in how a row was computed in the two runs; its model may differ in all that the recipes do."""
+    if not _live(ours) or not _live(theirs):
+        return ""
+    found = paired(theirs, ours)
+    return ", ".join(found.differs) if found else ""
 
 
 def draw(comparison: Comparison) -> "Figure | None":
@@ -238,7 +261,7 @@ def _draw(comparison: Comparison) -> "Figure | None":
 def _log_scale(axes: "Axes", found: list[Ratio]) -> None:
     """As far to the left of 1 as to the right, with three ticks that say their ratio."""
     reach = max(1.02, *(max(ratio.high, 1 / ratio.low) for ratio in found))
-    axes.set_xscale("log")
+    style.log_scale(axes, "x")
     axes.set_xlim(reach**-1.15, reach**1.15)
     ticks = (reach**-0.8, 1.0, reach**0.8)
     axes.set_xticks(ticks, [significant(tick) for tick in ticks])

@@ -20,6 +20,7 @@ _HINTS: dict[str, dict[str, str]] = {
     "fp32": TRUE_FP32,
     "fp16": TRUE_FP32,
     "bf16": {"INFERENCE_PRECISION_HINT": "bf16"},
+    "auto": {},
     "int8": {},
     "int4-int8": {},
     "w8a8": {},
@@ -73,10 +74,11 @@ class OpenVINOEngine:
         """Load the IR in `folder`.
 
         `fp32` and `fp16` (weights stored as such) compute in true FP32, keys and values too; `bf16` computes
-        an FP32 IR in bf16; `int8`, `int4-int8` (some matrices in 4 bits) and `w8a8` (activations too) run with
-        OpenVINO's defaults for this CPU, which differ from one CPU to the next. `None` takes what the IR holds.
-        `threads` defaults to OpenVINO's choice. `hints` are OpenVINO's properties by name, in place of those of
-        the precision: `TRUE_FP32` gives the same arithmetic on any CPU. `compute` tells what came to be in force.
+        an FP32 IR in bf16, `auto` as OpenVINO does by default on this CPU; so run `int8`, `int4-int8` (some
+        matrices in 4 bits) and `w8a8` (activations too). Those defaults differ from one CPU to the next. `None`
+        takes what the IR holds. `threads` defaults to OpenVINO's choice. `hints` are OpenVINO's properties by
+        name, in place of those of the precision: `TRUE_FP32` gives the same arithmetic on any CPU. `compute`
+        tells what came to be in force.
 
         Raises `UserError` where openvino is not installed, the folder holds no IR or a damaged one, the
         precision does not fit the IR, or the CPU has no bf16.
@@ -246,7 +248,7 @@ def _held_precision(ir: Any) -> str:
 
 
 def _check_fits(folder: Path, held: str, precision: str) -> None:
-    fitting = ("fp32", "bf16") if held == "fp32" else (held,)
+    fitting = ("fp32", "bf16", "auto") if held == "fp32" else (held,)
     if precision not in fitting:
         raise UserError(f"{folder}: holds {held} weights, which run as {' or '.join(fitting)}, not as {precision}")
     if precision == "bf16" and not computes_bf16():

@@ -1,5 +1,6 @@
 """Perplexity against a NumPy forward pass by hand, against transformers, and its window plan."""
 
+import itertools
 import math
 import random
 
@@ -132,6 +133,27 @@ def test_against_transformers(tiny_gpt2, tiny_model, make_engine, tokens: int, c
     wanted = nll_by_hand(forward, text, context, stride) / (tokens - 1)
     got = perplexity(make_engine(tiny_model), torch.from_numpy(text), context=context, stride=stride, **TEXT)
     assert got.nll == pytest.approx(wanted, rel=1e-5)
+
+
+@pytest.mark.parametrize(("context", "stride"), [(16, 16), (16, 5), (67, 67)])
+def test_parts_are_runs_of_targets_whatever_the_windows(engine, context: int, stride: int) -> None:
+    """Each target's NLL by hand; their means over successive runs of targets, and the error that follows."""
+    text = np.random.default_rng(5).integers(0, engine.vocab_size, 354)
+    losses = np.empty(353)
+    for window in windows(354, context, stride):
+        logits = (
+            engine.model(torch.from_numpy(text[window.begin : window.end])[None]).logits[0].detach().double().numpy()
+        )
+        rows = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+        for at in range(window.length - window.scored, window.length):
+            losses[window.begin + at] = -rows[at, text[window.begin + at + 1]]
+    got = perplexity(engine, text, context=context, stride=stride, **TEXT)
+    cuts = [353 * part // 11 for part in range(12)]
+    assert got.parts == pytest.approx([losses[a:b].mean() for a, b in itertools.pairwise(cuts)], rel=1e-5)
+    sizes = np.diff(cuts)
+    off = sizes * (np.array(got.parts) - losses.mean())
+    assert got.stderr == pytest.approx(got.perplexity * (1.1 * (off**2).sum()) ** 0.5 / 353, rel=1e-4)
+    assert (perplexity(engine, text[:320], context=context, stride=stride, **TEXT).stderr) is None  # 319 targets
 
 
 def test_full_windows_run_together_and_the_short_one_alone(engine) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -35,7 +36,7 @@ def full() -> Results:
         compute="FP16 weights, FP32 accumulation",
         parameters=12_345_679,
         bytes_on_disk=24_691_358,
-        quality=Quality(29.94, 3.399, 287_643, 1024, 512, "ab" * 32, 1 / 3),
+        quality=Quality(29.94, 3.399, 287_643, 1024, 512, "ab" * 32, 1 / 3, 0.25, [3.3, 3.498]),
         latency=Latency(7, 4, 2, timing([0.1, 0.30000000000000004, 0.2]), timing([1e-5])),
         memory=Memory(5, 4, 3, None, 1, gpu_allocator_peak=7, gpu_process=None),
         tasks={"lambada": Score(1 / 3, 0.1, 7, 5153, "cd" * 32)},
@@ -59,6 +60,8 @@ def full() -> Results:
             prompt_tokens=3,
             new_tokens=2,
             diverged=[[[None], [1]], [[1], [None]]],
+            kl_stderr=[[0.0, 1e-9], [1e-9, 0.0]],
+            top1_stderr=[[0.0, 0.125], [0.125, 0.0]],
         ),
     )
 
@@ -191,3 +194,123 @@ def test_wrong_shapes(full: Results, tmp_path: Path, change: dict) -> None:
     path.write_text(json.dumps(json.loads(as_json(full)) | change))
     with pytest.raises(UserError, match="does not follow schema 1"):
         load_results(path)
+
+
+HUGE = 10**400
+WRONG = [
+    ("rows.0.quality.perplexity", None, "rows.0.quality.perplexity: Input should be a valid number"),
+    ("rows.0.quality.perplexity", "29.94", "rows.0.quality.perplexity: Input should be a valid number"),
+    ("rows.0.quality.perplexity", True, "rows.0.quality.perplexity"),
+    ("rows.0.quality.perplexity", 0, "rows.0.quality: perplexity is 0"),
+    ("rows.0.quality.perplexity", -3.0, "perplexity holds -3.0"),
+    ("rows.0.quality.perplexity", HUGE, "rows.0.quality.perplexity: Input should be a finite number"),
+    ("rows.0.quality.tokens", 1.5, "rows.0.quality.tokens: Input should be a valid integer"),
+    ("rows.0.quality.tokens", 0, "tokens holds 0"),
+    ("rows.0.quality.context", HUGE, "context holds 1000"),
+    ("rows.0.quality.text_share", 1.5, "text_share holds 1.5"),
+    ("rows.0.quality.stderr", None, "stderr and parts do not belong together"),
+    ("rows.0.quality.parts", [], "stderr and parts do not belong together"),
+    ("rows.0.quality.parts", [[3.0]], "rows.0.quality.parts.0"),
+    ("rows.0.quality.text_sha256", 3, "rows.0.quality.text_sha256"),
+    ("rows.0.latency.decode.samples", [], "rows.0.latency.decode: 0 samples, where count is 1"),
+    ("rows.0.latency.decode.samples", [0.0], "samples holds 0.0"),
+    ("rows.0.latency.decode.samples", ["1"], "rows.0.latency.decode.samples.0"),
+    ("rows.0.latency.prefill.p50", 0, "p50 holds 0"),
+    ("rows.0.latency.prefill.count", 2, "3 samples, where count is 2"),
+    ("rows.0.latency.prefill.ci95", [0.1], "rows.0.latency.prefill.ci95.1"),
+    ("rows.0.latency.prefill.ci95", [0.2, 0.1], "ci95 ends before it begins"),
+    ("rows.0.latency.batch", 0, "batch holds 0"),
+    ("rows.0.memory.peak_rss", -1, "peak_rss holds -1"),
+    ("rows.0.memory.uss", 1e9, "rows.0.memory.uss"),
+    ("rows.0.tasks.lambada.accuracy", 1.01, "accuracy holds 1.01"),
+    ("rows.0.tasks.lambada.documents", 5154, "documents holds 5154"),
+    ("rows.0.tasks", [], "rows.0.tasks"),
+    ("rows.0.bytes_on_disk", HUGE, "bytes_on_disk holds 1000"),
+    ("rows.0.parameters", "many", "rows.0.parameters"),
+    ("rows.0.role", "hero", "role is 'hero'"),
+    ("rows.0.stage", "", "stage is no name"),
+    ("rows.0.stage", "a/b", "hold no slash"),
+    ("rows.0.stage", "a\x00b", "stage is no name"),
+    ("rows.0.stage", "a\nb", "stage is no name"),
+    ("rows.0.device", "x" * 201, "device is no name"),
+    ("rows.0.compute", "\x1b[2J", "rows.0.compute: holds control characters"),
+    ("rows.1.skipped", 3, "rows.1.skipped"),
+    ("rows.1.stage", None, "rows.1.stage"),
+    ("rows.1", "finetune", "rows.1"),
+    ("rows", {}, "rows"),
+    ("run", [], "run"),
+    ("run.name", 3, "run.name"),
+    ("run.machine", "x", "run.machine"),
+    ("run.seconds", {"load": "1"}, "run.seconds.load"),
+    ("run.note", "\x07", "run.note: holds control characters"),
+    ("heads.prune.kept", [[1]], "scores of 2 layers, where kept has 1"),
+    ("heads.prune.kept", [[2], [0, 1]], "kept.0 names heads"),
+    ("heads.prune.kept", [[1, 1], [0]], "kept.0 names heads"),
+    ("heads.prune.scores", [[0.1, None], [0.3, 0.4]], "heads.prune.scores.0.1"),
+    ("heads.prune.layers", [0], "layers names 1, where kept has 2"),
+    ("heads.prune.influence", [0.1], "influence one for each layer"),
+    ("heads.prune.n_inner", [3], "n_inner holds two numbers or none"),
+    ("curves.finetune.0.loss", "low", "curves.finetune.0.loss"),
+    ("curves.finetune.0.step", -1, "step holds -1"),
+    ("curves.finetune", {}, "curves.finetune"),
+    ("quantization.0.bits", 0, "bits holds 0"),
+    ("quantization.0.error", -0.1, "error holds -0.1"),
+    ("agreement.kl", [[0.0, 0.1]], "kl is no square matrix of 2 rows"),
+    ("agreement.kl", [[0.0, 0.1], [0.1]], "kl is no square matrix of 2 rows"),
+    ("agreement.kl", [[0.0, -0.1], [0.1, 0.0]], "kl holds a number"),
+    ("agreement.top1", [[1.0, 1.1], [1.0, 1.0]], "top1 holds a number that is not from 0 to 1"),
+    ("agreement.top1_stderr", [], "top1_stderr is no square matrix"),
+    ("agreement.rows", [], "rows are none"),
+    ("agreement.rows", ["a/b/c/d", "a/b/c/d"], "one stands twice"),
+    ("agreement.rows", ["a", "b/c/d/e"], "agreement: a row"),
+    ("agreement.diverged", [[[None], [1]], [[1], []]], "diverged does not hold as many prompts"),
+    ("agreement.diverged", [[[None], [3]], [[3], [None]]], "diverged holds a number"),
+    ("surprise", 1, "surprise: Unexpected"),
+]
+
+
+@pytest.mark.parametrize(("where", "value", "said"), WRONG)
+def test_the_first_wrong_place_is_named(full: Results, tmp_path: Path, where: str, value: object, said: str) -> None:
+    raw: Any = json.loads(as_json(full))
+    *outer, last = (int(part) if part.isdigit() else part for part in where.split("."))
+    inner = raw
+    for part in outer:
+        inner = inner[part]
+    inner[last] = value
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(raw))
+    with pytest.raises(UserError, match="does not follow schema 1") as caught:
+        load_results(path)
+    assert said in str(caught.value) and str(caught.value).isprintable() and len(str(caught.value)) < 800
+
+
+def test_a_row_that_stands_twice(full: Results, tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    raw = json.loads(as_json(full))
+    path.write_text(json.dumps(raw | {"rows": [raw["rows"][0]] * 2}))
+    with pytest.raises(UserError, match=r"rows holds finetune/torch/cuda:0/fp16 twice"):
+        load_results(path)
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, '{"schema": 1, "run": {"x": ' + "[" * 900 + "]" * 900 + "}}", '{"schema": true}']
+)
+def test_odd_json(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "results.json"
+    path.write_text(text)
+    with pytest.raises(UserError) as caught:
+        load_results(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_results_from_before_intervals(full: Results, tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    raw = json.loads(as_json(full))
+    for key in ("stderr", "parts"):
+        del raw["rows"][0]["quality"][key]
+    for key in ("kl_stderr", "top1_stderr"):
+        del raw["agreement"][key]
+    path.write_text(json.dumps(raw))
+    found = load_results(path)
+    assert found.rows[0].quality == dataclasses.replace(full.rows[0].quality, stderr=None, parts=[])
+    assert found.agreement == dataclasses.replace(full.agreement, kl_stderr=None, top1_stderr=None)

@@ -339,7 +339,36 @@ def test_evaluate_is_eval_perplexity(
     assert (found["tokens"], found["context"], found["stride"]) == (wanted.tokens, wanted.context, wanted.stride)
     assert math.log(found["perplexity"]) == pytest.approx(found["nll"])
     code, stdout, _ = cli(*command)
-    assert code == 0 and stdout.startswith(f"perplexity {wanted.perplexity:.4f}  ({wanted.tokens:,} tokens")
+    error = f" ± {wanted.stderr:.4f}"
+    assert found["stderr"] == pytest.approx(wanted.stderr, rel=1e-4) and found["parts"] == pytest.approx(wanted.parts)
+    assert code == 0 and stdout.startswith(f"perplexity {wanted.perplexity:.4f}{error}  ({wanted.tokens:,} tokens")
+
+
+def test_a_text_too_short_for_an_error_is_said(cli, tiny_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("the cat sat on the mat and the other cat sat on the hat")
+    code, stdout, err = cli("evaluate", tiny_folder, "--text", tmp_path / "short.txt", "--device", "cpu")
+    assert code == 0 and "too few for a standard error)" in stdout and "±" not in stdout, err
+
+
+@pytest.mark.parametrize("damage", [{"rows": [{"stage": "load"}]}, {"run": []}, {"heads": {"prune": {}}}, {"run": {}}])
+@pytest.mark.parametrize("verb", ["report", "against", "profile", "export"])
+def test_results_that_are_json_but_wrong_are_one_line(run_copy: Path, finished_run: Path, cli, verb, damage) -> None:
+    raw = json.loads((run_copy / "results.json").read_text())
+    (run_copy / "results.json").write_text(json.dumps(raw | damage))
+    before = sorted(run_copy.rglob("*"))
+    commands = {
+        "report": ("report", run_copy),
+        "against": ("report", finished_run, run_copy),
+        "profile": ("profile", run_copy, "--out", run_copy / "traces", "--engine", "torch", "--device", "cpu"),
+        "export": ("export", run_copy, "--to", run_copy / "exported"),
+    }
+    code, stdout, err = cli(*commands[verb])
+    (place,) = damage
+    if damage == {"run": {}} and verb != "export":  # which tells little of itself: the others can do without
+        return
+    assert (code, stdout) == (2, "") and err.count("\n") == 1, err
+    assert "results.json: " in err and place in err
+    assert sorted(run_copy.rglob("*")) == before
 
 
 def test_evaluate_scores_tasks(finished_run: Path, cli, task_data: Path, tmp_path: Path, monkeypatch) -> None:
@@ -359,7 +388,9 @@ def test_evaluate_scores_tasks(finished_run: Path, cli, task_data: Path, tmp_pat
     monkeypatch.setenv("HEADROOM_TASK_DATA", str(task_data))
     code, stdout, _ = cli("evaluate", finished_run / "finetune/model", *words, "--limit", 3)
     accuracy = stdout.splitlines()[0].split()[2]
-    assert code == 0 and stdout.startswith("hellaswag  accuracy 0.") and "(3 of 5 documents; GPT-2 124M as" in stdout
+    assert (
+        code == 0 and stdout.startswith("hellaswag  accuracy 0.") and "(3 of 5 documents; no published score" in stdout
+    )
     assert 3 * float(accuracy) == pytest.approx(round(3 * float(accuracy)), abs=1e-3)
     assert {path: path.read_bytes() for path in (tmp_path / "cache").iterdir()} == files
 

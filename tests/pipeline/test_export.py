@@ -108,7 +108,7 @@ def test_the_card_and_the_mark(shared: Path, finished_run: Path, tiny_folder: Pa
     _, head, body = card.split("---\n", 2)
     assert yaml.safe_load(head)["license"] == "other" and "base_model" not in yaml.safe_load(head)
     row = json.loads((finished_run / "results.json").read_text())["rows"][0]
-    assert f"| {row['quality']['perplexity']:,.2f} |" in body
+    assert f"| {row['quality']['perplexity']:,.2f} (" in body  # the interval follows
     assert "whose licence holds and is not known here" in body and "train.txt: licence not known here" in body
     mark = json.loads((shared / exporting.MARK).read_text())
     files = sha256_tree(shared)

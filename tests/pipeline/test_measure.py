@@ -18,6 +18,8 @@ from pipeline.recipe import Recipe, load_recipe
 from pipeline.runner import Runner
 from pipeline.stages import STAGES
 from pipeline.texts import load_text
+from plots.findings import judgements
+from plots.pairs import int8_pair
 
 ORDER = [
     "load/torch/cpu/fp32",
@@ -32,6 +34,7 @@ ORDER = [
     "finetune/cuda/cuda:0/fp16",
     "quantize/openvino/cpu/fp32",
     "quantize/openvino/cpu/bf16",
+    *([] if hardware.cpu_has_bf16() else ["quantize/openvino/cpu/auto"]),
     "quantize/openvino/cpu/fp16",
     "quantize/openvino/cpu/int8",
     "control-finetune/torch/cpu/fp32",
@@ -50,7 +53,8 @@ def test_the_rows_of_a_whole_run(finished_run: Path) -> None:
     assert [row.key for row in rows] == ORDER
     roles = {row.key: row.role for row in rows}
     assert {key for key, role in roles.items() if role == "control"} == {key for key in ORDER if "control" in key}
-    assert {key for key, role in roles.items() if role == "baseline"} == set(ORDER[10:13])
+    exports = {key for key in ORDER if "openvino" in key and not key.endswith("int8")}
+    assert {key for key, role in roles.items() if role == "baseline"} == exports
     for row in rows:
         absent = {"cuda:0": hardware.why_no_gpu(), "cpu": None}[row.device]
         if row.engine == "cuda" and absent is None:
@@ -62,7 +66,25 @@ def test_the_rows_of_a_whole_run(finished_run: Path) -> None:
         assert row.bytes_on_disk is not None and row.bytes_on_disk > 1000
     timed = {row.key for row in rows if row.latency is not None and row.device == "cpu"}
     assert {"load/torch/cpu/fp32", "prune/torch/cpu/fp16", "quantize/openvino/cpu/int8"} <= timed
-    assert not timed & {"half/torch/cpu/fp16", *ORDER[14:]}
+    assert not timed & {"half/torch/cpu/fp16", *(key for key in ORDER if "control" in key)}
+
+
+def test_int8_has_a_row_that_differs_in_the_weights_alone(finished_run: Path) -> None:
+    """Whatever OpenVINO does by default on this CPU, an FP32 IR was run so too; and no step goes unjudged."""
+    results = load_results(finished_run / "results.json")
+    for value in (lambda row: row.quality, lambda row: row.latency):
+        found = int8_pair(results, value)
+        assert found is not None and found.differs == ["INT8 weights instead of FP32"]
+        assert found.base.compute == found.row.compute
+    assert not [each.why for each in judgements(results) if each.verdict == "not judged"]
+    assert all(row.quality is None or (row.quality.stderr or 0) > 0 for row in results.rows)
+
+
+def test_the_defaults_of_a_cpu_without_bf16_have_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    for there in (False, True):
+        monkeypatch.setattr(hardware, "cpu_has_bf16", lambda there=there: there)
+        found = {subject.precision: subject.skipped for subject in subjects({"quantize": {}})}
+        assert ("auto" in found, found["bf16"] is None) == (not there, there)
 
 
 def test_qualities_are_those_of_the_folders(finished_run: Path, tiny_texts: dict[str, Path], tiny_tokenizer) -> None:

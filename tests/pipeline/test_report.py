@@ -128,7 +128,7 @@ def test_report_says_all_that_is_known_of_the_run(full):
     for part in ("Some CPU", "avx2, amx_int8", "2026.4.1", "0123abc", run["date"], run["command"], "181.0 s", "3.81 %"):
         assert part in words
         assert part.replace("_", "\\_") in text
-    assert "INFERENCE_PRECISION_HINT f32" in words
+    assert "INFERENCE_PRECISION_HINT=f32" in words
 
 
 def test_hostile_text_stays_text(full):

@@ -24,6 +24,7 @@ from pipeline.tracking import Tracking
 from pipeline.training import Diverged, Watch, collate
 from pipeline.watching import Meter, learning_curve, training_flops
 from pipeline.wikitext import DOCUMENT_MARK
+from plots import pretraining
 
 
 @pytest.fixture
@@ -127,6 +128,16 @@ def test_all_is_watched_and_nothing_changed_by_it(
     drawn = (tmp_path / "watched" / "plots" / "pretraining.svg").read_text()
     for text in ("loss (nats per token)", "HellaSwag accuracy", "share of peak FLOPs", "karpathy/build-nanogpt"):
         assert text in drawn
+    assert "a part of its documents alone" in drawn and "the same notebooks" not in drawn
+
+
+@pytest.mark.parametrize(("asked", "levels"), [(10_042, [3.2924, 0.294463]), (8, [3.2924]), (None, [3.2924])])
+def test_a_part_of_hellaswag_has_no_reference_line(asked: int | None, levels: list[float]) -> None:
+    score = {"hellaswag": 0.25} | ({"hellaswag_documents": asked} if asked else {})
+    figure = pretraining.draw([{"step": step, "loss": 4.0 - step, **score} for step in (1, 2)], "fineweb-edu")
+    assert figure is not None
+    dashed = [line.get_ydata()[0] for axes in figure.axes for line in axes.lines if line.get_linestyle() == "--"]
+    assert dashed == levels
 
 
 def test_a_loss_that_jumps_up() -> None:

@@ -3,6 +3,8 @@
 import math
 import random
 
+import numpy as np
+
 from eval.results import (
     Agreement,
     CurvePoint,
@@ -16,21 +18,31 @@ from eval.results import (
     Score,
     Timing,
 )
+from eval.statistics import part_sizes, standard_error
 
 NO_GPU = "this torch build has no CUDA support"
 HOSTILE = "<script>alert('x')</script> & \"quotes\" | pipe"
 
 
 def timing(median: float, spread: float = 0.02, count: int = 23, seed: int = 0) -> Timing:
-    """Samples around a median, in seconds, with the interval given by `spread`."""
-    draw = random.Random(seed)
-    samples = sorted(median * (1 + spread * (draw.random() - 0.4)) for _ in range(count))
+    """Samples whose median is `median`, in seconds, scattered by `spread`, each of them apart."""
+    draw = random.Random(f"{median} {seed}")
+    half = [spread * draw.random() for _ in range(count // 2)]
+    samples = [median, *(median * (1 - part) for part in half), *(median * (1 + part) for part in half)]
+    draw.shuffle(samples)
+    ordered = sorted(samples)
     interval = (median * (1 - spread / 2), median * (1 + spread))
-    return Timing(samples, count, sum(samples) / count, median, samples[-3], samples[-1], interval)
+    return Timing(samples, count, sum(samples) / count, median, ordered[-3], ordered[-1], interval)
 
 
-def quality(perplexity: float, share: float = 0.125) -> Quality:
-    return Quality(perplexity, math.log(perplexity), 35_937, 512, 256, "ab" * 32, share)
+def quality(perplexity: float, share: float = 0.125, noise: float = 0.002, tokens: int = 35_937) -> Quality:
+    """A text whose parts differ much, for all rows alike, and by `noise` nats for this one alone."""
+    sizes, nll = part_sizes(tokens), math.log(perplexity)
+    parts = 0.3 * np.random.default_rng(1).normal(size=len(sizes))
+    parts += noise * np.random.default_rng(round(1e4 * perplexity)).normal(size=len(sizes))
+    parts += nll - np.average(parts, weights=sizes)
+    error = perplexity * standard_error(parts, tokens)
+    return Quality(perplexity, nll, tokens, 512, 256, "ab" * 32, share, error, parts.tolist())
 
 
 def latency(prefill_ms: float, decode_ms: float, spread: float = 0.02, prompt: int = 128) -> Latency:
@@ -49,11 +61,22 @@ def row(
     return Row(stage, engine, device, precision, role, quality=quality(ppl) if ppl else None, **rest)
 
 
+FP32 = "FP32 weights, FP32 arithmetic, eager, SDPA, threads 2"
 DENSE, PRUNED = 8_600_001, 8_272_327
 
 
-def full(gpu: bool = False) -> Results:
-    """Fourteen rows as a run leaves them; `gpu` measures the GPU rows instead of skipping them."""
+def hints(precision: str, cache: str, group: int) -> str:
+    """What OpenVINO says of how it computes."""
+    names = ("INFERENCE_PRECISION_HINT", "KV_CACHE_PRECISION", "DYNAMIC_QUANTIZATION_GROUP_SIZE")
+    said = [f"{name}={value}" for name, value in zip(names, (precision, cache, group), strict=True)]
+    return ", ".join([*said, "INFERENCE_NUM_THREADS=2"])
+
+
+def full(gpu: bool = False, bf16: bool = False) -> Results:
+    """Fourteen rows as a run leaves them; `gpu` measures the GPU rows instead of skipping them.
+
+    With `bf16`, the CPU has bf16 units, which OpenVINO uses for INT8 rows unasked.
+    """
 
     def on_gpu(
         stage: str, precision: str, ppl: float, parameters: int, size: int, ms: float, role: str = "chain"
@@ -69,24 +92,37 @@ def full(gpu: bool = False) -> Results:
             rest |= {"latency": latency(pre, dec), "memory": memory(peak)}
         return row(stage, engine, "cpu", precision, ppl, role, **rest)
 
-    hints = "INFERENCE_PRECISION_HINT f32, KV_CACHE_PRECISION f32, 2 threads"
+    exact = hints("f32", "f32", 0)
+    auto = hints("bf16" if bf16 else "f32", "f16", 32)
     rows = [
-        on_cpu("load", "torch", "fp32", 61.27, DENSE, 34_413_127, 21.4, 5.13, 611.2, compute="fp32, 2 threads"),
+        on_cpu("load", "torch", "fp32", 61.27, DENSE, 34_413_127, 21.4, 5.13, 611.2, compute=FP32),
         on_gpu("load", "fp32", 61.27, DENSE, 34_413_127, 1.91),
         on_cpu(
-            "half", "torch", "fp16", 61.28, DENSE, 17_213_009, None, None, None, compute="FP16 weights, FP32 compute"
+            "half", "torch", "fp16", 61.28, DENSE, 17_213_009, None, None, None, compute=FP32.replace("32", "16", 1)
         ),
         on_gpu("half", "fp16", 61.29, DENSE, 17_213_009, 1.83),
-        on_cpu("prune", "torch", "fp32", 66.93, PRUNED, 33_102_431, 20.6, 5.08, 608.4),
+        on_cpu("prune", "torch", "fp32", 66.93, PRUNED, 33_102_431, 20.6, 5.08, 608.4, compute=FP32),
         on_gpu("prune", "fp16", 66.95, PRUNED, 16_557_611, 1.79),
-        on_cpu("finetune", "torch", "fp32", 59.90, PRUNED, 33_102_431, 20.7, 5.09, 607.9),
+        on_cpu("finetune", "torch", "fp32", 59.90, PRUNED, 33_102_431, 20.7, 5.09, 607.9, compute=FP32),
         on_gpu("finetune", "fp16", 59.92, PRUNED, 16_557_611, 1.79),
-        on_cpu("quantize", "openvino", "fp32", 59.90, PRUNED, 33_300_411, 15.2, 3.31, 655.5, "baseline", hints),
-        on_cpu("quantize", "openvino", "bf16", 59.97, PRUNED, 33_300_411, 9.1, 2.97, 661.0, "baseline"),
-        on_cpu("quantize", "openvino", "fp16", 59.91, PRUNED, 16_751_003, 15.3, 3.30, 641.7, "baseline", hints),
-        on_cpu("quantize", "openvino", "int8", 60.02, PRUNED, 8_612_777, 12.7, 2.06, 598.1, compute=hints),
-        on_cpu("control-finetune", "torch", "fp32", 59.21, DENSE, 34_413_127, 21.5, 5.14, 612.0, "control"),
-        on_cpu("control-random", "torch", "fp32", 88.41, PRUNED, 33_102_431, 20.6, 5.07, 609.0, "control"),
+        on_cpu("quantize", "openvino", "fp32", 59.90, PRUNED, 33_300_411, 15.2, 3.31, 655.5, "baseline", exact),
+        on_cpu(
+            "quantize",
+            "openvino",
+            "bf16",
+            59.97,
+            PRUNED,
+            33_300_411,
+            9.1,
+            2.97,
+            661.0,
+            "baseline",
+            hints("bf16", "f16", 32),
+        ),
+        on_cpu("quantize", "openvino", "fp16", 59.91, PRUNED, 16_751_003, 15.3, 3.30, 641.7, "baseline", exact),
+        on_cpu("quantize", "openvino", "int8", 60.02, PRUNED, 8_612_777, 12.7, 2.06, 598.1, compute=auto),
+        on_cpu("control-finetune", "torch", "fp32", 59.21, DENSE, 34_413_127, 21.5, 5.14, 612.0, "control", FP32),
+        on_cpu("control-random", "torch", "fp32", 88.41, PRUNED, 33_102_431, 20.6, 5.07, 609.0, "control", FP32),
     ]
     for found in rows:
         if found.skipped is None and found.stage in ("load", "finetune", "quantize"):
@@ -120,8 +156,8 @@ def scores(perplexity: float) -> dict[str, Score]:
     """Somewhat worse than GPT-2 124M, the more so the higher the perplexity."""
     accuracy = 17 / perplexity
     return {
-        "hellaswag": Score(accuracy, (accuracy * (1 - accuracy) / 9_999) ** 0.5, 10_000, 10_042, "ab" * 32),
-        "lambada": Score(accuracy / 2, (accuracy / 199) ** 0.5, 200, 5_153, "cd" * 32),
+        "hellaswag": Score(accuracy, (accuracy * (1 - accuracy) / 10_041) ** 0.5, 10_042, 10_042, "ab" * 32),
+        "lambada": Score(accuracy / 2, (accuracy / 2 / 199) ** 0.5, 200, 5_153, "cd" * 32),
     }
 
 
@@ -144,6 +180,8 @@ def agreement(rows: list[Row], seed: int = 7) -> Agreement:
         prompt_tokens=64,
         new_tokens=64,
         diverged=matrix(lambda: [draw.choice([None, 0, 17, 63]) for _ in range(4)], [None] * 4),
+        kl_stderr=matrix(lambda: 1e-3 * draw.random(), 0.0),
+        top1_stderr=matrix(lambda: 0.01 * draw.random(), 0.0),
     )
 
 

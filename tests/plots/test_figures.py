@@ -5,10 +5,13 @@ import itertools
 import re
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 import sample_results as sample
 from PIL import Image
+from scipy.stats import binomtest, t
 
+from eval.statistics import ratio
 from plots import FIGURES, agreement, draw_all, latency, memory, quality, quantization, style, tasks, tradeoff
 from plots.rows import label, labels, measured, unmeasured_note
 
@@ -64,7 +67,7 @@ def test_each_figure_is_a_png_that_shows_something_and_an_svg(drawn):
             ["decode: time per output token (ms)", "perplexity per token", "quantize · int8", "34.4 MB on disk"],
         ),
         ("agreement", ["load · torch · fp32   1", "KL divergence (nats a token)", "8", "–"]),
-        ("tasks", ["HellaSwag: 10,000 documents", "LAMBADA: 200 documents", "accuracy", "0.277", "0.139"]),
+        ("tasks", ["HellaSwag: 10,042 documents", "LAMBADA: 200 documents, a part", "accuracy", "0.277", "0.139"]),
         ("quantization", ["layer", "weight error (%)", "mlp.c_fc", "lm_head"]),
         ("heads", ["layer", "head", "taylor score", "random score"]),
         ("learning_curves", ["loss (nats per token)", "optimizer step", "finetune", "control-finetune"]),
@@ -177,14 +180,22 @@ def test_task_scores_stand_beside_the_published_ones():
     hellaswag, lambada = tasks.draw(results).axes
     assert [bar.get_width() for bar in hellaswag.patches] == [row.tasks["hellaswag"].accuracy for row in scored]
     assert len(lambada.patches) == len(scored) - 1
-    for axes, lines in ((hellaswag, {("--", 0.2955), (":", 0.25)}), (lambada, {("--", 0.3256)})):
-        assert {(line.get_linestyle(), line.get_xdata()[0]) for line in axes.lines} >= lines
+    for axes, lines in ((hellaswag, {("--", 0.2955), (":", 0.25)}), (lambada, set())):
+        drawn = {(line.get_linestyle(), line.get_xdata()[0]) for line in axes.lines}
+        assert {line for line in drawn if line[0] in ("--", ":")} == lines
     ((low, high),) = [s[:, 0] for s in hellaswag.collections[0].get_segments()]
     score = scored[0].tasks["hellaswag"]
-    assert (low, high) == pytest.approx((score.accuracy - 1.96 * score.stderr, score.accuracy + 1.96 * score.stderr))
+    wilson = binomtest(round(score.accuracy * score.documents), score.documents).proportion_ci(method="wilson")
+    assert (low, high) == pytest.approx((wilson.low, wilson.high), abs=1e-4)
     assert tasks.columns(results) == ["row", "HellaSwag", "LAMBADA"]
-    assert tasks.lines(results)[0] == (label(scored[0]), "0.2775 ± 0.0045 (10,000 of 10,042)", "–")
+    assert tasks.lines(results)[0] == (label(scored[0]), "0.2775 ± 0.0045 (10,042 of 10,042)", "–")
+    assert "0.3256" not in tasks.note(results) and "Only a part of LAMBADA was asked" in tasks.note(results)
+    for row in scored:
+        for name, size in (("hellaswag", 10_041), ("lambada", 5_153)):
+            if name in row.tasks:
+                row.tasks[name] = dataclasses.replace(row.tasks[name], documents=size, of=size)
     assert "0.3256 for LAMBADA in OpenAI's variant, EleutherAI/lm-evaluation-harness" in tasks.note(results)
+    assert "Only a part of HellaSwag was asked" in tasks.note(results)  # all of a file that is not all of the split
     for row in results.rows:
         row.tasks.pop("lambada", None)
     assert len(tasks.draw(results).axes) == 1 and tasks.columns(results) == ["row", "HellaSwag"]
@@ -198,11 +209,17 @@ def test_agreement_in_words():
     found.top1[ir][int8], found.kl[ir][int8], found.diverged[ir][int8] = 0.9912, 3e-4, [None, 5, None, None]
     found.diverged[0][1] = [None, 0, 3, 63]
     words = agreement.against_first(results)
-    assert "as its FP32 IR at 99.1 % of 1,023 positions and loses 3.0e-4 nats a token" in words.summary
+    found.top1_stderr[ir][int8], found.kl_stderr[ir][int8] = 0.0031, 2e-5
+    words = agreement.against_first(results)
+    assert "groups of 32 instead of 0) at 99.1 ± 0.31 % of 1,023 positions and loses 3.0e-4 ± 2.0e-5 nats" in (
+        words.summary
+    )
     assert "3 of 4 greedy continuations of 64 tokens are the same throughout" in words.summary
     assert [line[0] for line in words.lines] == [key.replace("/", " · ") for key in keys[1:]]
     assert all(len(line) == len(agreement.COLUMNS) for line in words.lines)
-    assert words.lines[0][-1] == "all, 0, 3, 63"
+    assert words.lines[0][-1] == "all, 0, 3, 63" and " ± " in words.lines[0][3] and " ± " in words.lines[0][4]
+    found.kl_stderr = found.top1_stderr = None
+    assert "±" not in "".join(itertools.chain(*agreement.against_first(results).lines))
     results.rows = results.rows[:1]  # the matrix may know rows that the table does not
     assert agreement.against_first(results).summary == "Against load · torch · cpu · fp32:"
     assert agreement.against_first(sample.single()) is None
@@ -243,18 +260,64 @@ def test_int8_errors_stand_over_their_layers():
 def test_the_front_in_words():
     (cpu, gpu) = tradeoff.front(sample.full(gpu=True))
     assert cpu == (
-        "On the CPU, no row is both faster and better than quantize · openvino · fp32, quantize · openvino · bf16, "
-        "quantize · openvino · fp16, quantize · openvino · int8 or control-finetune · torch · fp32."
+        "On the CPU, no row measurably beats quantize · openvino · fp32, quantize · openvino · fp16, "
+        "quantize · openvino · int8 or control-finetune · torch · fp32 without losing in the other way."
     )
     assert gpu.startswith("On the GPU") and tradeoff.front(sample.empty()) == []
+    results = sample.full()
+    results.rows[-1].quality = dataclasses.replace(results.rows[-1].quality, stderr=None, parts=[])
+    assert tradeoff.front(results) == [
+        "On the CPU, which rows no other beats cannot be told: not all pairs have intervals."
+    ]
+    assert tradeoff.front(sample.single()) == [
+        "On the CPU, no row measurably beats load · torch · fp32 without losing in the other way."
+    ]
 
 
-def test_pareto_front_by_brute_force():
+def test_the_front_by_brute_force():
+    """Differences of logs against t times the standard error of 40 paired parts; speeds by their own ratios."""
     rows = measured(sample.many(), lambda row: row.latency)
-    points = [(row.latency.decode.p50, row.quality.perplexity) for row in rows]
-    best = {p for p in points if not any(q != p and q[0] <= p[0] and q[1] <= p[1] for q in points)}
-    assert tradeoff.pareto(points) == sorted(best)
-    assert tradeoff.pareto([(2.0, 5.0), (1.0, 5.0), (1.0, 7.0), (1.0, 5.0)]) == [(1.0, 5.0)]
+
+    def gain(row, base) -> tuple[int, int]:
+        differences = np.subtract(row.quality.parts, base.quality.parts)
+        reach = t.ppf(0.975, 39) * differences.std(ddof=1) / 40**0.5
+        speed = ratio(base.latency.decode, row.latency.decode)
+        better = np.sign(-differences.mean()) * (abs(differences.mean()) > reach)
+        return int(better), (speed.low > 1) - (speed.high < 1)
+
+    best = [
+        row for row in rows if not any(sum(got := gain(o, row)) > 0 and min(got) >= 0 for o in rows if o is not row)
+    ]
+    assert tradeoff.unbeaten(rows) == best and 0 < len(best) < len(rows)
+
+
+def test_a_hair_of_perplexity_decides_no_front():
+    results = sample.full()
+    fp32, fp16 = (
+        next(row for row in results.rows if row.engine == "openvino" and row.precision == p) for p in ("fp32", "fp16")
+    )
+    fp16.latency = fp32.latency
+    fp16.quality = sample.quality(fp32.quality.perplexity - 0.0003)
+    best = tradeoff.unbeaten([fp32, fp16])
+    assert best == [fp32, fp16]
+    rings = [dots for dots in tradeoff.draw(results).axes[0].collections if dots.get_facecolor().size == 0]
+    assert len(rings) == len(tradeoff.unbeaten(measured(results, lambda row: row.latency and row.quality)))
+
+
+@pytest.mark.parametrize("name", ["a $b$ c", "$\\frac{", "x_1^2 $", "<b>&", "ünïcödé", "%s{}"])
+def test_names_are_names_and_no_formulas(name, tmp_path):
+    results = sample.full()
+    for row in results.rows:
+        row.stage = name if row.stage == "prune" else row.stage
+        if row.quality and row.stage == "load":
+            row.quality = sample.quality(9_000.0)  # log scales, whose ticks matplotlib writes as formulas
+    results.heads[name], results.curves[name] = results.heads.pop("prune"), results.curves.pop("finetune")
+    results.quantization[0].name = name
+    draw_all(results, tmp_path)
+    for figure in ("perplexity", "tradeoff", "latency", "learning_curves", "quantization", "heads"):
+        found = svg_texts(tmp_path / f"{figure}.svg")
+        assert any(name in text for text in found), figure
+        assert not any("mathdefault" in text for text in found)
 
 
 @pytest.mark.parametrize("results", [sample.full(), sample.full(gpu=True), sample.single(), sample.many(20)])

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from plots.placing import overlap, place
+from plots.placing import gap, leader, overlap, place
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 20])
@@ -23,6 +23,31 @@ def test_labels_touch_neither_points_nor_edges_nor_each_other(count, spread):
         assert overlap(box, (0, 170, 640, 172)) == 0
         assert all(overlap(box, (x - r, y - r, x + r, y + r)) == 0 for x, y, r in points)
     assert all(overlap(one, other) == 0 for one, other in itertools.combinations(boxes, 2))
+
+
+def crossing(one, other) -> bool:
+    """By solving for where the two lines meet."""
+    (ax, ay), (bx, by) = one
+    (cx, cy), (dx, dy) = other
+    scale = (bx - ax) * (dy - cy) - (by - ay) * (dx - cx)
+    if abs(scale) < 1e-12:
+        return False
+    along = ((cx - ax) * (dy - cy) - (cy - ay) * (dx - cx)) / scale
+    beside = ((cx - ax) * (by - ay) - (cy - ay) * (bx - ax)) / scale
+    return 1e-9 < along < 1 - 1e-9 and 1e-9 < beside < 1 - 1e-9
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_near_points_keep_their_own_labels(seed):
+    """Leaders do not cross; a label stands nearest to its own point, or, within a cluster, all but so."""
+    draw = random.Random(seed)
+    points = [(300 + 25 * draw.random(), 150 + 25 * draw.random(), 4 + 4 * draw.random()) for _ in range(2 + seed % 5)]
+    boxes = place(points, [(70.0, 11.0)] * len(points), (0, 0, 640, 320))
+    leaders = [leader(point, box) for point, box in zip(points, boxes, strict=True)]
+    assert not any(crossing(one, other) for one, other in itertools.combinations(leaders, 2))
+    for index, box in enumerate(boxes):
+        gaps = [gap(box, point) for point in points]
+        assert gaps[index] <= min(gaps) + (0.5 if len(points) < 4 else 2)
 
 
 def test_a_lone_label_stands_to_the_right_of_its_point():

@@ -82,7 +82,7 @@ def test_markdown_table_holds_intervals_and_survives_hostile_text():
     results = sample.full()
     results.rows[1].skipped = sample.HOSTILE
     table = markdown_table(results)
-    assert "5.13 (5.08 to 5.23)" in table and "2.49 × (2.49 to 2.49)" in table and "| 1.00 × |" in table
+    assert "5.13 (5.08 to 5.23)" in table and "2.49 × (2.47 to 2.51)" in table and "| 1.00 × |" in table
     line = next(line for line in table.splitlines() if "pipe" in line)
     assert len(cells(line)) == len(COLUMNS) + 1
     assert "<script>" not in table
@@ -95,6 +95,7 @@ def test_intervals_stand_below_their_own_columns():
     line = next(line for line in lines(results) if line.row is int8)
     assert len(line.intervals) == len(line.cells) == len(COLUMNS)
     assert [column for column, text in zip(COLUMNS, line.intervals, strict=True) if text] == [
+        "perplexity",
         "prefill ms",
         "decode ms/token",
         "speed-up",

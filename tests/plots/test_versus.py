@@ -47,13 +47,31 @@ def runs() -> tuple[Results, Results]:
 def test_ratios_and_verdicts(runs, title, ratio, verdict):
     line = line_of(versus.compare(*runs), title, INT8)
     assert line.verdict == verdict
-    assert bool(line.interval) == (title in ("Prefill", "Decode"))
+    assert bool(line.interval) == (title in ("Perplexity", "Prefill", "Decode"))
     if ratio:
         assert line.ratio == ratio
     else:
         assert line.value.low < line.value.value < line.value.high
         ours, theirs = (getattr(row_of(run, INT8).latency, title.lower()).p50 for run in runs)
         assert line.value.value == pytest.approx(theirs / ours, rel=0.1)  # p50 of the sample is made up
+
+
+def test_perplexities_are_judged_part_by_part(runs):
+    a, b = runs
+    ours = row_of(a, INT8).quality
+    row_of(b, INT8).quality = sample.quality(ours.perplexity + 0.02)
+    line = line_of(versus.compare(a, b), "Perplexity", INT8)
+    assert (line.ratio, line.verdict) == ("1.000", "not measurably different") and line.value.low < 1 < line.value.high
+    row_of(b, INT8).quality = dataclasses.replace(sample.quality(63.0), stderr=None, parts=[])
+    line = line_of(versus.compare(a, b), "Perplexity", INT8)
+    assert (line.ratio, line.interval, line.verdict) == ("1.050", "", "cannot be told: no interval")
+
+
+def test_rows_computed_otherwise_are_said(runs):
+    a, _ = runs
+    b = sample.full(bf16=True)
+    (said,) = [caveat for caveat in versus.compare(a, b).caveats if "computed otherwise" in caveat]
+    assert said.startswith("1 row computed otherwise in B") and "int8: B has BF16 arithmetic instead of FP32" in said
 
 
 def test_swapped_runs_swap_the_ratio(runs):
