@@ -335,6 +335,8 @@ class Run(TypedDict, total=False):
     git_commit: str | None
     date: str | None
     command: str | None
+    stages: dict[str, str]
+    """The content of each stage that was measured: a hash of all its files."""
     seconds: dict[str, float]
     training_seconds: dict[str, float]
 
