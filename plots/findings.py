@@ -389,7 +389,8 @@ def protocol(results: Results) -> list[str]:
                 f"Intervals of perplexities: the text is cut into {len(row.quality.parts)} parts of "
                 f"{count(row.quality.tokens // len(row.quality.parts), 'token')} or one more, whose mean NLLs give the "
                 "standard error (batch means, Student's t); two rows are compared part by part, so a difference "
-                "between rows is surer than their own intervals tell."
+                "between rows is surer than their own intervals tell. They are of text like this: on other subjects "
+                "rows may differ by more."
             )
     for row in results.rows:
         if lat := row.latency:
