@@ -14,12 +14,10 @@ from plots.pairs import (
     int8_files,
     int8_pair,
     int8_row,
-    paired,
     quality_pair,
     settings,
     steps,
     timed_before,
-    unpruned,
 )
 from plots.rows import by_kind, codes, count, kind, label, labels, measured, reference, same_load, same_text
 
@@ -158,22 +156,28 @@ def judgements(results: Results) -> list[Judgement]:
 
 
 def _judged_speeds(results: Results) -> list[Judgement]:
-    found = []
-    for row in measured(results, lambda r: r.latency):
+    timed, found = measured(results, lambda r: r.latency), []
+    names = {row.key: name for row, name in zip(timed, labels(timed, brief=True), strict=True)}
+    for row in timed:
         if row.role != "chain" or row.stage not in ("half", "prune", "quantize"):
             continue
         pair = timed_before(results, row)
         if pair is None:
-            why = f"decoding of {label(row)}, for no row without its step was timed alike"
+            why = f"decoding of {names[row.key]}, for no row without its step was timed alike"
             found.append(Judgement("not judged", why))
             continue
-        decode = pair.speed("decode")
-        what = (
-            f"{pair.step} for decoding ({label(row)} against {label(pair.base)}: {times(decode.value)} as fast, "
-            f"{_interval(decode, 3)}{_also(pair)})"
-        )
-        found.append(Judgement(_verdict(decode.higher, decode.lower), what, pair))
+        against = f"{names[pair.row.key]} against {names[pair.base.key]}"
+        decode, prefill = pair.speed("decode"), pair.speed("prefill")
+        why = f"{pair.step} for decoding ({against}: {_how_fast(decode)}{_also(pair)})"
+        found.append(Judgement(_verdict(decode.higher, decode.lower), why, pair))
+        if prefill.lower:  # what it costs elsewhere
+            why = f"{pair.step} for prefill ({against}: {_how_fast(prefill)}{_also(pair)})"
+            found.append(Judgement("did not help", why, pair))
     return found
+
+
+def _how_fast(found: Ratio) -> str:
+    return f"{times(found.value)} as fast, {_interval(found, 3)}"
 
 
 def _judged_perplexities(results: Results) -> list[Judgement]:
@@ -325,9 +329,8 @@ def pruning_arithmetic(results: Results) -> str | None:
         f"{times(dense.parameters / pruned.parameters)} as fast at best"
     )
     timed = [row for row in measured(results, lambda r: r.latency) if row.stage == "prune"]
-    found = (paired(row, unpruned(results, row)) for row in timed)
-    pairs = [each for each in found if each and same_load(each.row, each.base)]
-    seen = [f"{speed(each.speed('decode'))} on {each.row.device}" for each in pairs]
+    pairs = (timed_before(results, row) for row in timed)
+    seen = [f"{speed(each.speed('decode'))} on {each.row.device}" for each in pairs if each]
     return f"{text}; measured: {', '.join(seen)}." if seen else f"{text}; how much it made of that was not measured."
 
 

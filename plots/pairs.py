@@ -219,27 +219,37 @@ def base_name(found: Pair) -> str:
 
 
 def timed_before(results: Results, row: Row) -> Pair | None:
-    """The row without the one step that is to make `row` faster; `None` where there is none with the same load."""
+    """A row with the step that is to make `row` faster and the one without; `None` where none had the same load.
+
+    A pruned model takes the same time before and after fine-tuning, so the one whose weights are held as the dense
+    model's stands for both.
+    """
     if row.stage == "half":
         base = next((r for r in measured(results, _latency) if (r.stage, r.device) == ("load", row.device)), None)
-    elif row.stage == "prune":
-        base = unpruned(results, row)
-    else:
-        found = int8_pair(results, _latency) if row is int8_row(results) else None
-        base = found.base if found else None
-    return paired(row, base) if base and same_load(row, base) else None
+        return _timed(row, base)
+    if row.stage == "prune":
+        pruned = (twin(results, row, ("finetune",), _latency), row)
+        pairs = [found for each in pruned if each and (found := _timed(each, _unpruned(results, each)))]
+        return min(pairs, key=lambda found: len(found.differs), default=None)
+    quantized = int8_pair(results, _latency) if row is int8_row(results) else None
+    return _timed(row, quantized.base) if quantized else None
 
 
-def unpruned(results: Results, row: Row) -> Row | None:
+def _timed(row: Row, base: Row | None) -> Pair | None:
+    """Two rows with the same load. Fine-tuning is no difference: the values of weights do not change how long they
+    take."""
+    if base is None or not same_load(row, base):
+        return None
+    return Pair(row, base, [each for each in _differences(row, base) if each not in ("fine-tuning", "the teacher")])
+
+
+def _unpruned(results: Results, row: Row) -> Row | None:
     """The dense model timed on the same engine, device and arithmetic."""
     return twin(results, row, ("load", "half"), _latency)
 
 
 def steps(results: Results, row: Row) -> list[Pair]:
-    """From the device's first timed row to `row`, one thing at a time: each pair's row is the next one's base.
-
-    Fine-tuning is no step, for the values of weights do not change how long they take.
-    """
+    """From the device's first timed row to `row`, one thing at a time: each pair's row is the next one's base."""
     start = reference(results, row)
     if start is None:
         return []
@@ -256,11 +266,8 @@ def steps(results: Results, row: Row) -> list[Pair]:
     for stop in stops:
         if stop is not None and stop not in path and same_load(stop, start):
             path.append(stop)
-    found = []
-    for base, stop in itertools.pairwise(path):
-        differs = [each for each in _differences(stop, base) if each not in ("fine-tuning", "the teacher")]
-        found += [Pair(stop, base, differs)] if differs else []
-    return found
+    found = (_timed(stop, base) for base, stop in itertools.pairwise(path))
+    return [each for each in found if each and each.differs]
 
 
 def _pruned(results: Results, row: Row, start: Row) -> Row | None:
