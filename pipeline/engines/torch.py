@@ -36,7 +36,7 @@ class TorchEngine:
             self.compute += f", threads {torch.get_num_threads()}"
         self.context = model.config.n_positions
         self.vocab_size = model.config.vocab_size
-        self.cache = DynamicCache()
+        self.cache = DynamicCache(config=model.config)
 
     @classmethod
     def from_folder(cls, folder: Path, *, device: str | None = None, precision: str | None = None) -> Self:
@@ -65,7 +65,7 @@ class TorchEngine:
     @torch.inference_mode()
     def prefill(self, input_ids: torch.Tensor) -> torch.Tensor:
         """See `eval.engine.Engine`."""
-        self.cache = DynamicCache()
+        self.cache = DynamicCache(config=self.model.config)
         return self._step(input_ids)
 
     @torch.inference_mode()

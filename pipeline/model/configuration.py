@@ -125,6 +125,16 @@ class CompactGPT2Config(PreTrainedConfig):
         return self.window if isinstance(self.window, list) else [self.window] * self.n_layer
 
     @property
+    def sliding_window(self) -> int | None:
+        """The widest window: by this name transformers makes caches that roll (window.py fits them to each layer)."""
+        return max((window for window in self.windows if window), default=None)
+
+    @property
+    def layer_types(self) -> list[str]:
+        """Which layers roll, in transformers' words."""
+        return ["sliding_attention" if window else "full_attention" for window in self.windows]
+
+    @property
     def grouped(self) -> bool:
         """Whether query heads share key/value heads."""
         return self.n_kv_head < self.n_head
