@@ -170,6 +170,24 @@ class CompactGPT2PreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": Block, "attentions": Attention}
 
+    @staticmethod
+    def create_masks_for_generate(
+        config: CompactGPT2Config,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        past_key_values: Cache | None,
+        position_ids: torch.Tensor | None = None,
+        **_: object,
+    ) -> torch.Tensor | None:
+        """The mask of which each layer takes its part; by this name, for `generate` makes it ahead of a compiled step."""
+        return create_causal_mask(
+            config=config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=whole(past_key_values, config),
+            position_ids=position_ids,
+        )
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         std = self.config.initializer_range
@@ -250,13 +268,7 @@ class CompactGPT2Model(CompactGPT2PreTrainedModel):
             config._attn_implementation = "eager"
         if attention_mask is not None and attention_mask.ndim not in (2, 4):
             attention_mask = attention_mask.view(inputs_embeds.shape[0], -1)
-        mask = create_causal_mask(
-            config=config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            past_key_values=whole(past_key_values, self.config),
-            position_ids=position_ids,
-        )
+        mask = self.create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values, position_ids)
         rotation = None
         if self.config.position == "learned":
             self._check_positions(position_ids, past)
