@@ -179,7 +179,7 @@ class CompactGPT2PreTrainedModel(PreTrainedModel):
         position_ids: torch.Tensor | None = None,
         **_: object,
     ) -> torch.Tensor | None:
-        """The mask of which each layer takes its part; by this name, for `generate` makes it ahead of a compiled step."""
+        """The mask of which each layer takes its part; so named, for `generate` makes it ahead of a compiled step."""
         return create_causal_mask(
             config=config,
             inputs_embeds=inputs_embeds,
@@ -259,8 +259,8 @@ class CompactGPT2Model(CompactGPT2PreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         rolling(past_key_values, self.config)
-        past = past_key_values.get_seq_length() if past_key_values is not None else 0
         if position_ids is None:
+            past = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device).unsqueeze(0) + past
         config = self.config
         if kwargs.get("output_attentions", config.output_attentions) and config._attn_implementation != "eager":
@@ -271,7 +271,7 @@ class CompactGPT2Model(CompactGPT2PreTrainedModel):
         mask = self.create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values, position_ids)
         rotation = None
         if self.config.position == "learned":
-            self._check_positions(position_ids, past)
+            self._check_positions(position_ids, past_key_values)
             inputs_embeds = inputs_embeds + self.wpe(position_ids)
         else:
             rotation = self.rotary(position_ids)
@@ -287,17 +287,21 @@ class CompactGPT2Model(CompactGPT2PreTrainedModel):
             last_hidden_state=self.ln_f(x), past_key_values=past_key_values if use_cache else None
         )
 
-    def _check_positions(self, position_ids: torch.Tensor, past: int | torch.Tensor) -> None:
+    def _check_positions(self, position_ids: torch.Tensor, cache: Cache | None) -> None:
         """Raise `ValueError` where there are more positions than were learned: a GPU would only say that it failed.
 
-        A GPU's values, for which the host must wait, are looked at only where the text, perhaps padded, is longer.
+        A GPU's values, for which the host must wait, are looked at only where the shapes leave room for doubt: padding
+        may make a text longer than its positions.
         """
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or not position_ids.numel():
             return
-        ids, end = position_ids, self.config.n_positions
-        longer = isinstance(past, torch.Tensor) or past + ids.shape[-1] > end
-        if (longer or ids.device.type == "cpu") and ids.numel() and int(ids.max()) >= end:
-            raise ValueError(too_long(int(ids.max()) + 1, end))
+        reach, end = position_ids.shape[-1], self.config.n_positions
+        if cache is not None:
+            past = cache.get_seq_length()
+            # A static cache counts on the device, too.
+            reach = cache.max_cache_len if isinstance(past, torch.Tensor) else past + reach
+        if (reach > end or position_ids.device.type == "cpu") and (last := int(position_ids.max())) >= end:
+            raise ValueError(f"the text has {last + 1} tokens, the model {end} positions; give a shorter one")
 
 
 class CompactGPT2LMHeadModel(CompactGPT2PreTrainedModel, GenerationMixin):
@@ -361,11 +365,8 @@ class CompactGPT2LMHeadModel(CompactGPT2PreTrainedModel, GenerationMixin):
         )
 
 
-def too_long(tokens: int, positions: int) -> str:
-    """The one sentence for a text that the model has no positions for."""
-    return f"the text has {tokens} tokens, the model {positions} positions; give a shorter one"
-
-
 def _refuse_unknown(arguments: dict[str, Any]) -> None:
-    for name in arguments.keys() - _SERVED:
-        raise TypeError(f"CompactGPT2 got an unexpected keyword argument {name!r}")
+    """Raise `TypeError` for an argument that asks for something and that nothing reads."""
+    for name, value in arguments.items():
+        if value is not None and name not in _SERVED:
+            raise TypeError(f"CompactGPT2 got an unexpected keyword argument {name!r}")

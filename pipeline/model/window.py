@@ -24,8 +24,8 @@ def windowed(
     mask: torch.Tensor | None, window: int, length: int, cache: Cache | None, layer: int, device: torch.device
 ) -> torch.Tensor | None:
     """The mask of `length` queries that see no further back than `window`: `[..., length, keys]`, boolean or, where
-    `mask` is of floats, added to scores (Beltagy et al. 2020, arXiv 2004.05150, section 3.1, causal). The keys are those
-    that `cache` will give to `layer` in this step.
+    `mask` is of floats, added to scores (Beltagy et al. 2020, arXiv 2004.05150, section 3.1, causal). The keys are
+    those that `cache` will give to `layer` in this step.
 
     `mask` `[batch, 1, length, all tokens]` says what else is hidden; None: nothing, or, of several queries, what is not
     causal.
