@@ -348,6 +348,7 @@ class CompactGPT2LMHeadModel(CompactGPT2PreTrainedModel, GenerationMixin):
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            return_dict=True,  # whatever the configuration says of what this method returns
             **kwargs,
         )
         hidden = body.last_hidden_state
