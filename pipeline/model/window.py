@@ -44,21 +44,25 @@ def windowed(
     return mask.masked_fill(~visible, False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min)
 
 
-class Whole:
+class Whole(Cache):
     """What the mask that all layers share sees of a cache whose layers keep unequally many tokens: the longest."""
 
     def __init__(self, cache: Cache, layers: int):
-        self.cache, self.layers = cache, layers
-        self.is_compileable = cache.is_compileable
+        super().__init__(layers=[])
+        self.cache, self.count = cache, layers
+
+    @property
+    def is_compileable(self) -> bool:
+        return self.cache.is_compileable
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.cache.get_seq_length()
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        sizes = (self.cache.get_mask_sizes(query_length, layer) for layer in range(self.layers))
+        sizes = (self.cache.get_mask_sizes(query_length, layer) for layer in range(self.count))
         return max(keys + first for keys, first in sizes), 0
 
 
-def whole(cache: Cache | None, config: CompactGPT2Config) -> Cache | Whole | None:
+def whole(cache: Cache | None, config: CompactGPT2Config) -> Cache | None:
     """The cache by whose length the mask of all layers is made."""
     return Whole(cache, config.n_layer) if cache is not None and any(config.windows) else cache
