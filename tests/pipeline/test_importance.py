@@ -115,7 +115,7 @@ def test_activation_is_the_mean_norm_of_what_a_head_adds(tiny_model, tiny_blocks
             others[columns] = False
             alone.c_proj.weight.data[:, others] = 0
             with torch.no_grad():
-                norms.append(alone(inputs[0], None, None).norm(dim=-1).mean().item())
+                norms.append(alone(*inputs)[0].norm(dim=-1).mean().item())
         np.testing.assert_allclose(scores[layer], np.array(norms) / np.linalg.norm(norms), rtol=1e-4)
 
 
