@@ -42,9 +42,19 @@ folder, out, ids = sys.argv[1], sys.argv[2], torch.tensor(json.loads(sys.argv[3]
 torch.set_num_threads(1)
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+how = {"max_new_tokens": 9, "do_sample": False, "eos_token_id": -1, "pad_token_id": 0}
+told = model(ids, output_hidden_states=True, output_attentions=True, return_dict=False)
+try:
+    model(ids, no_such_argument=1)
+    sys.exit("an argument that nothing reads was taken")
+except TypeError:
+    pass
 save_file({
     "logits": model(ids).logits,
-    "greedy": model.generate(ids, max_new_tokens=9, do_sample=False, eos_token_id=-1, pad_token_id=0),
+    "hidden": torch.stack(told[-2]),
+    **{f"attention{layer}": weights for layer, weights in enumerate(told[-1])},
+    "greedy": model.generate(ids, **how),
+    "assisted": model.generate(ids, assistant_model=model, **how),
     "text": torch.tensor(tokenizer("the old cat sat").input_ids),
 }, out)
 """
@@ -73,7 +83,12 @@ def test_it_runs_where_headroom_is_not(shared: Path, finished_run: Path, tiny_to
     ids = torch.tensor(IDS)
     with torch.no_grad():
         assert found["logits"].dtype == torch.float16 and torch.equal(found["logits"], model(ids).logits)
+        told = model(ids, output_hidden_states=True, output_attentions=True)
+        assert torch.equal(found["hidden"], torch.stack(told.hidden_states))
+        for layer, (weights, heads) in enumerate(zip(told.attentions, model.config.kept_heads, strict=True)):
+            assert torch.equal(found[f"attention{layer}"], weights) and weights.shape[1] == len(heads)
         greedy = model.generate(ids, max_new_tokens=9, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    assert torch.equal(found["assisted"], greedy)
     assert torch.equal(found["greedy"], greedy) and greedy.shape == (1, len(IDS[0]) + 9)
     assert found["text"].tolist() == tiny_tokenizer("the old cat sat").input_ids
 
