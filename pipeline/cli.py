@@ -260,7 +260,7 @@ def evaluate(
         text_sha256=sha256_text(content),
         text_share=1.0,
     )
-    size = scored_bytes(content, ids, tokenizer)
+    size = scored_bytes(content, tokenizer)
     bits = quality.nll * quality.tokens / math.log(2) / size
     if as_json:
         about = {"engine": loaded.name, "device": loaded.device, "compute": loaded.compute}
@@ -489,12 +489,13 @@ def prepare(
 ) -> Any:
     """Tokenise a corpus into uint16 shards that llm.c and pretrain (--set shards=OUT) read.
 
-    An INPUT is a text file (<|endoftext|> parts its documents), a .jsonl file (the text in each line is one), a folder
-    of .txt and .jsonl, or hub:DATASET[@CONFIG]:SPLIT, streamed; a local folder in the Hub's format will do as DATASET.
+    An INPUT is a text file (<|endoftext|> and the space around it part its documents), a .jsonl file (the text in each
+    line is one), a folder of .txt and .jsonl, or hub:DATASET[@CONFIG]:SPLIT, streamed; a local folder in the Hub's format will do as DATASET.
     .gz, .bz2 and .xz are unpacked.
 
-    Documents that occur again, are empty, or are not UTF-8 are counted and left out, as is the space around each;
-    OUT/manifest.json tells what came of which input. Memory does not grow with the text.
+    Documents that occur again, are empty, or are not UTF-8 are counted and left out; OUT/manifest.json tells what came
+    of which input. The others are taken as they are. Memory does not grow with the text: a document over 4 MiB is
+    counted in pieces, and is never held out as a whole.
 
     What is held out are whole documents from all over the corpus, or, where it has too few, its end. With
     --end-of-text before the tokens are those of llm.c's own scripts; no shard but an only one is under half full.
