@@ -318,6 +318,27 @@ def test_agreement_and_tasks_hear_the_whole_text(
         assert found[0] == found[1]
 
 
+@torch.no_grad()
+def test_agreement_is_that_of_transformers_on_the_raw_text(folder: Path, cli, tmp_path: Path) -> None:
+    slow(folder)
+    other = Path(shutil.copytree(folder, tmp_path / "other"))
+    model = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32).eval()
+    changed = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32).eval()
+    changed.transformer.wte.weight.mul_(0.9)
+    changed.save_pretrained(other)
+    (tmp_path / "text.txt").write_bytes(TEXTS["separators"])
+    options = ("--text", tmp_path / "text.txt", "--tokens", 10**6, "--precision", "fp32", "--device", "cpu", "--json")
+    code, stdout, err = cli("compare", folder, other, *options)
+    assert code == 0, err
+    windows = torch.tensor([own(folder, TEXTS["separators"].decode())]).split(48, 1)
+    p, q = (torch.cat([m(part).logits[0] for part in windows]).double().log_softmax(-1) for m in (model, changed))
+    found = json.loads(stdout)
+    assert found["tokens"] == len(p)
+    assert found["kl"][0][1] == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-5)
+    assert found["kl"][1][0] == pytest.approx(float((q.exp() * (q - p)).sum(-1).mean()), rel=1e-5)
+    assert found["top1"][0][1] == pytest.approx(float((p.argmax(-1) == q.argmax(-1)).double().mean()))
+
+
 def test_no_text_is_too_long_for_the_tokenizer(tiny_tokenizer) -> None:
     """One line of a million letters, and one of a million spaces: all of it, in about the time of many lines."""
     for line in ("the cat " * 125_000, " " * 1_000_000):
