@@ -27,8 +27,8 @@ class State:
     position: Any = None
     """Of the source being read; `None`: at its beginning."""
     kept: int = 0
-    inside: bool = False
-    """Whether a document has begun that is too long for one piece."""
+    inside: str = ""
+    """Of a document that is too long for one piece, the digest of its pieces so far."""
     begun: bool = False
     """Whether tokens of it were kept."""
     tokens: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))

@@ -5,6 +5,7 @@ written is forced onto the disk, and then one transaction of `state.db` says how
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -258,6 +259,8 @@ def _read_all(
                 split = "train"
                 if choices["inputs"][number]["sha256"] is None:
                     journal.chain(number, digest)
+                if state.inside:  # a piece repeats another only where all before it does
+                    digest = hashlib.sha256(bytes.fromhex(state.inside) + digest).digest()
                 if isinstance(ids, str):
                     journal.count(number, ids)
                 elif not journal.is_new(digest):
@@ -274,7 +277,7 @@ def _read_all(
                     state.begun = True
                 if ends and state.begun and not before:
                     add(split, end)
-                state.inside, state.begun = not ends, state.begun and not ends
+                state.inside, state.begun = "" if ends else digest.hex(), state.begun and not ends
             for writer in writers.values():
                 writer.sync()
             state.source, state.position = mark.source, mark.position

@@ -500,11 +500,12 @@ def test_a_long_document_is_one_and_nothing_of_it_is_lost(
     """Pieces of it have no end-of-text token between them, and keep the space where they were cut."""
     monkeypatch.setattr("pipeline.corpus.LONGEST", 300)
     long = f"{prose(3, 9)}\n\n\n \n{prose(4, 3)} 猫"
+    repeated = " \n" + "the cat sat\n" * 90 + "\n"
     (tmp_path / "a.txt").write_text(MARK.join([DOCUMENTS[0][:200], long, DOCUMENTS[1][:200]]))
-    (tmp_path / "b.txt").write_text(f" \n{prose(5, 9)}\n\n")  # no mark: as it is
-    names = [str(tmp_path / "a.txt"), str(tmp_path / "b.txt")]
+    (tmp_path / "b.txt").write_text(repeated)  # no mark: as it is
+    names = [str(tmp_path / "a.txt"), str(tmp_path / "b.txt"), str(tmp_path / "b.txt")]
     make(names, tmp_path / "out", tokenizer, shard_tokens=10**6, validation_share=0, end_of_text=order)
-    texts = [DOCUMENTS[0][:200], long, DOCUMENTS[1][:200], f" \n{prose(5, 9)}\n\n"]
+    texts = [DOCUMENTS[0][:200], long, DOCUMENTS[1][:200], repeated]
     wanted = "".join(MARK + text if order == "before" else text + MARK for text in texts)
     found = tokens(tmp_path / "out", "train")
     assert tiny_tokenizer.decode(found, clean_up_tokenization_spaces=False) == wanted and found.count(0) == 4
