@@ -15,6 +15,7 @@ import typer
 
 from eval.errors import UserError, WorkError, reason, shown
 from pipeline.artifacts import NO_PATH
+from pipeline.reading import expanded
 
 app = typer.Typer(
     help=(
@@ -33,7 +34,13 @@ app = typer.Typer(
 data = typer.Typer(no_args_is_help=True, help="Make training data: see data prepare --help.")
 app.add_typer(data, name="data")
 
-Out = Annotated[Path, typer.Option(help="The run folder; stages that are up to date there are skipped.")]
+
+def path(word: str | Path) -> Path:
+    """A path, also where no shell has expanded its `~`, as in `--out=~/x`."""
+    return expanded(word)
+
+
+Out = Annotated[Path, typer.Option(parser=path, help="The run folder; stages that are up to date there are skipped.")]
 RecipeName = Annotated[str | None, typer.Option("--recipe", help="A preset (demo, gpt2) or a .yaml file.")]
 Set = Annotated[
     list[str] | None,
@@ -42,11 +49,14 @@ Set = Annotated[
 Model = Annotated[
     str, typer.Argument(help="A model folder (safetensors in Hub format, or an OpenVINO IR), a Hub id, or embedded.")
 ]
-ModelDir = Annotated[Path, typer.Argument(help="A model folder: safetensors in Hub format, or an OpenVINO IR.")]
+ModelDir = Annotated[
+    Path, typer.Argument(parser=path, help="A model folder: safetensors in Hub format, or an OpenVINO IR.")
+]
 EngineName = Annotated[
     str | None,
     typer.Option("--engine", help="torch, cuda (own kernels) or openvino; by default torch, or openvino for an IR."),
 ]
+_TEST_TEXT = "embedded:test"
 Text = Annotated[
     str,
     typer.Option(
@@ -178,7 +188,7 @@ def quantize(out: Out = Path("runs/demo"), recipe: RecipeName = None, set: Set =
 def sweep(
     grid: Annotated[list[str], typer.Option(help="A recipe key and its values, as in prune.ratio=0.1,0.2,0.4.")],
     recipe: Annotated[str, typer.Option(help="A preset (demo, gpt2) or a .yaml file.")] = "demo",
-    out: Annotated[Path, typer.Option(help="The sweep's folder; what is there is not done again.")] = Path(
+    out: Annotated[Path, typer.Option(parser=path, help="The sweep's folder; what is there is not done again.")] = Path(
         "runs/sweep"
     ),
     set: Set = None,
@@ -209,7 +219,7 @@ def sweep(
 def evaluate(
     model: Model,
     engine: EngineName = None,
-    text: Text = "embedded:test",
+    text: Text = _TEST_TEXT,
     stride: Annotated[int | None, typer.Option(min=1, help="Tokens between windows; by default the context.")] = None,
     context: Annotated[int | None, typer.Option(min=2, help="Tokens a window; by default the model's limit.")] = None,
     tasks: Annotated[
@@ -219,12 +229,16 @@ def evaluate(
     task_data: Annotated[
         Path | None,
         typer.Option(
+            parser=path,
             envvar="HEADROOM_TASK_DATA",
             help="A folder with hellaswag_val*.jsonl or .txt[.bz2] and lambada_test*.jsonl; by default from the Hub.",
         ),
     ] = None,
     task_cache: Annotated[
-        Path, typer.Option(help="Where answers are kept: an interrupted evaluation goes on, a repeated one is quick.")
+        Path,
+        typer.Option(
+            parser=path, help="Where answers are kept: an interrupted evaluation goes on, a repeated one is quick."
+        ),
     ] = Path("runs/tasks"),
     device: Device = None,
     precision: Precision = None,
@@ -233,12 +247,20 @@ def evaluate(
     """Perplexity of a model folder on a text, by sliding window; or its accuracy on tasks."""
     from dataclasses import asdict
 
+    ignored = {"--limit": limit} if tasks is None else {"--stride": stride, "--context": context}
+    for name, given in ignored.items():
+        if given is not None:
+            raise UserError(f"{name} {given}: {'goes with --tasks' if tasks is None else 'does not go with --tasks'}")
     folder = _folder(model)
     if tasks is not None:
+        if text != _TEST_TEXT:
+            raise UserError(f"--text {text}: does not go with --tasks, which are scored on no text; leave one out")
         from pipeline.task_scores import format_scores, score_folder
 
         options = {"engine": engine, "device": device, "precision": precision}
-        outcome = score_folder(folder, tasks.split(","), options, data=task_data, limit=limit, cache=task_cache)
+        outcome = score_folder(
+            folder, [name.strip() for name in tasks.split(",")], options, data=task_data, limit=limit, cache=task_cache
+        )
         print(json.dumps(outcome) if as_json else format_scores(outcome))
         return outcome
     from eval.perplexity import perplexity
@@ -260,7 +282,7 @@ def evaluate(
         text_sha256=sha256_text(content),
         text_share=1.0,
     )
-    size = scored_bytes(content, ids, tokenizer)
+    size = scored_bytes(content, tokenizer)
     bits = quality.nll * quality.tokens / math.log(2) / size
     if as_json:
         about = {"engine": loaded.name, "device": loaded.device, "compute": loaded.compute}
@@ -282,7 +304,7 @@ def compare(
     engine: Annotated[list[str] | None, typer.Option("--engine", help="Once for both, or twice: A's, B's.")] = None,
     device: Annotated[list[str] | None, typer.Option("--device", help="Once for both, or twice.")] = None,
     precision: Annotated[list[str] | None, typer.Option("--precision", help="Once for both, or twice.")] = None,
-    text: Text = "embedded:test",
+    text: Text = _TEST_TEXT,
     tokens: Annotated[int, typer.Option(min=1, help="Compare on this many tokens from the text's start.")] = 1024,
     as_json: Json = False,
 ) -> Any:
@@ -369,9 +391,12 @@ def bench(
 
 @app.command()
 def profile(
-    models: Annotated[list[Path], typer.Argument(help="Model folders, or a run folder for all that is in its table.")],
+    models: Annotated[
+        list[Path], typer.Argument(parser=path, help="Model folders, or a run folder for all that is in its table.")
+    ],
     out: Annotated[
-        Path | None, typer.Option(help="The TensorBoard log folder; by default RUN/traces, or runs/profile.")
+        Path | None,
+        typer.Option(parser=path, help="The TensorBoard log folder; by default RUN/traces, or runs/profile."),
     ] = None,
     engine: Annotated[
         list[str] | None, typer.Option("--engine", help="torch, cuda or openvino; may be given more than once.")
@@ -403,11 +428,13 @@ def profile(
 
 @app.command()
 def report(
-    run_folder: Annotated[Path, typer.Argument(metavar="A", help="A run folder with results.json.")],
+    run_folder: Annotated[Path, typer.Argument(parser=path, metavar="A", help="A run folder with results.json.")],
     other: Annotated[
-        Path | None, typer.Argument(metavar="[B]", help="Another run: one page shows both side by side.")
+        Path | None, typer.Argument(parser=path, metavar="[B]", help="Another run: one page shows both side by side.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="That page's file; by default against-A.html in B.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(parser=path, help="That page's file; by default against-A.html in B.")
+    ] = None,
 ) -> Path:
     """Draw figures and report again from results.json; or compare two runs, row by row."""
     from eval.results import load_results
@@ -439,8 +466,8 @@ def report(
 
 @app.command()
 def export(
-    run_folder: Annotated[Path, typer.Argument(help="The folder of a finished run.")],
-    to: Annotated[Path, typer.Option(help="The folder to write, in Hub format.")],
+    run_folder: Annotated[Path, typer.Argument(parser=path, help="The folder of a finished run.")],
+    to: Annotated[Path, typer.Option(parser=path, help="The folder to write, in Hub format.")],
     precision: Annotated[str, typer.Option(help="fp16 or fp32: what the weights are stored in.")] = "fp16",
     licence: Annotated[
         str | None, typer.Option(help="The weights' licence by its Hub name, where their source does not tell.")
@@ -465,7 +492,9 @@ def export(
 @data.command()
 def prepare(
     inputs: Annotated[list[str], typer.Argument(metavar="INPUT...", help="Files, folders, hub:DATASET:SPLIT.")],
-    out: Annotated[Path, typer.Option(help="The shards' folder; an interrupted preparation goes on there.")],
+    out: Annotated[
+        Path, typer.Option(parser=path, help="The shards' folder; an interrupted preparation goes on there.")
+    ],
     tokenizer: Annotated[
         str, typer.Option(help="Whose tokens: embedded, a folder with tokenizer.json, or a Hub id such as gpt2.")
     ] = "embedded",
@@ -489,12 +518,13 @@ def prepare(
 ) -> Any:
     """Tokenise a corpus into uint16 shards that llm.c and pretrain (--set shards=OUT) read.
 
-    An INPUT is a text file (<|endoftext|> parts its documents), a .jsonl file (the text in each line is one), a folder
-    of .txt and .jsonl, or hub:DATASET[@CONFIG]:SPLIT, streamed; a local folder in the Hub's format will do as DATASET.
-    .gz, .bz2 and .xz are unpacked.
+    An INPUT is a text file (<|endoftext|> and the space around it part its documents), a .jsonl file (the text in each
+    line is one), a folder of .txt and .jsonl, or hub:DATASET[@CONFIG]:SPLIT, streamed; a local folder in the Hub's
+    format will do as DATASET. .gz, .bz2 and .xz are unpacked.
 
-    Documents that occur again, are empty, or are not UTF-8 are counted and left out, as is the space around each;
-    OUT/manifest.json tells what came of which input. Memory does not grow with the text.
+    Documents that occur again, are empty, or are not UTF-8 are counted and left out; OUT/manifest.json tells what came
+    of which input. The others are taken as they are. Memory does not grow with the text: a document over 4 MiB is
+    counted in pieces, and is never held out as a whole.
 
     What is held out are whole documents from all over the corpus, or, where it has too few, its end. With
     --end-of-text before the tokens are those of llm.c's own scripts; no shard but an only one is under half full.
@@ -529,12 +559,17 @@ def pretrain(
     text: Annotated[
         Path | None,
         typer.Option(
-            help="Training text (.txt or .jsonl, also .gz, .bz2, .xz); more may follow. Or: --set shards=FOLDER"
+            parser=path,
+            help="Training text (.txt or .jsonl, also .gz, .bz2, .xz); more may follow. Or: --set shards=FOLDER",
         ),
     ] = None,
-    more: Annotated[list[Path] | None, typer.Argument(metavar="[FILE]...", help="More training text.")] = None,
+    more: Annotated[
+        list[Path] | None, typer.Argument(parser=path, metavar="[FILE]...", help="More training text.")
+    ] = None,
     recipe: Annotated[str, typer.Option(help="A preset (mini, gpt2-124M, gpt2-350M) or a .yaml file.")] = "mini",
-    out: Annotated[Path, typer.Option(help="Checkpoints, curve and model; resumes what is there.")] = Path("runs/mini"),
+    out: Annotated[Path, typer.Option(parser=path, help="Checkpoints, curve and model; resumes what is there.")] = Path(
+        "runs/mini"
+    ),
     set: Set = None,
     track: Track = "none",
     estimate: Annotated[
@@ -590,14 +625,17 @@ def scaling(
     text: Annotated[
         Path | None,
         typer.Option(
-            help="Training text (.txt or .jsonl, also .gz, .bz2, .xz); more may follow. By default the embedded text."
+            parser=path,
+            help="Training text (.txt or .jsonl, also .gz, .bz2, .xz); more may follow. By default the embedded text.",
         ),
     ] = None,
-    more: Annotated[list[Path] | None, typer.Argument(metavar="[FILE]...", help="More training text.")] = None,
+    more: Annotated[
+        list[Path] | None, typer.Argument(parser=path, metavar="[FILE]...", help="More training text.")
+    ] = None,
     recipe: Annotated[str, typer.Option(help="A preset (scaling-mini, scaling-gpu) or a .yaml file.")] = "scaling-mini",
-    out: Annotated[Path, typer.Option(help="The family's folder; what is trained there is not trained again.")] = Path(
-        "runs/scaling"
-    ),
+    out: Annotated[
+        Path, typer.Option(parser=path, help="The family's folder; what is trained there is not trained again.")
+    ] = Path("runs/scaling"),
     set: Set = None,
     workers: Annotated[
         int | None, typer.Option(min=1, help="Trainings at a time; by default one, or without a GPU one a core.")

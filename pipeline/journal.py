@@ -27,6 +27,10 @@ class State:
     position: Any = None
     """Of the source being read; `None`: at its beginning."""
     kept: int = 0
+    inside: str = ""
+    """Of a document that is too long for one piece, the digest of its pieces so far."""
+    begun: bool = False
+    """Whether tokens of it were kept."""
     tokens: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
     complete: bool = False
     """Whether all is read, and no token changes its split any more."""

@@ -5,6 +5,7 @@ written is forced onto the disk, and then one transaction of `state.db` says how
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -178,32 +179,35 @@ def _save_tokenizer(source: Path, folder: Path) -> dict[str, Any]:
         "sha256": sha256_file(folder / TOKENIZER_FILE),
         "vocab_size": len(tokenizer),
         "end_of_text": tokenizer.eos_token_id,
+        **({"split_special_tokens": True} if tokenizer.split_special_tokens else {}),
     }
 
 
 @dataclass
 class _Mark:
-    """What belongs to a batch: each document's source, and where in the corpus the batch ends."""
+    """What belongs to a batch: each piece's source and whether its document ends with it, and where the batch ends."""
 
     owners: list[int]
+    ends: list[bool]
     source: int = 0
     position: Any = None
 
 
 def _batches(corpus: Sequence[Source], first: int, position: Any) -> Iterator[tuple[_Mark, list[bytes]]]:
     """The corpus from a position on, a batch at a time; a batch may hold many small sources."""
-    mark, batch, size = _Mark([]), [], 0
+    mark, batch, size = _Mark([], []), [], 0
     for number, source in enumerate(corpus[first:], first):
         if number == first and position is not None:
             source.position = position
-        for document in source.documents():
-            batch.append(document)
+        for piece, ends in source.pieces():
+            batch.append(piece)
             mark.owners.append(number)
-            size += len(document) + 64  # empty ones take room, too
+            mark.ends.append(ends)
+            size += len(piece) + 64  # empty ones take room, too
             if size >= BATCH_BYTES:
                 mark.source, mark.position = number, source.position
                 yield mark, batch
-                mark, batch, size = _Mark([]), [], 0
+                mark, batch, size = _Mark([], []), [], 0
     if batch:
         mark.source, mark.position = number, source.position
         yield mark, batch
@@ -242,22 +246,38 @@ def _read_all(
     tokenizer: str,
 ) -> None:
     state, share = journal.state, choices["validation_share"]
-    how = How(tokenizer, choices["tokenizer"]["end_of_text"], choices["end_of_text"], choices["style"])
+    end, before = np.array([choices["tokenizer"]["end_of_text"]], np.uint16), choices["end_of_text"] == "before"
+    how = How(tokenizer, "split_special_tokens" in choices["tokenizer"], choices["style"])
+
+    def add(split: str, ids: np.ndarray) -> None:
+        writers[split].add(ids)
+        state.tokens[split] += len(ids)
+
     with contextlib.closing(encoded(_batches(corpus, state.source, state.position), how, workers)) as batches:
-        for mark, documents in batches:
-            for number, (digest, ids) in zip(mark.owners, documents, strict=True):
+        for mark, pieces in batches:
+            for number, ends, (digest, ids) in zip(mark.owners, mark.ends, pieces, strict=True):
+                split = "train"
                 if choices["inputs"][number]["sha256"] is None:
                     journal.chain(number, digest)
+                if state.inside:  # a piece repeats another only where all before it does
+                    digest = hashlib.sha256(bytes.fromhex(state.inside) + digest).digest()
                 if isinstance(ids, str):
                     journal.count(number, ids)
                 elif not journal.is_new(digest):
                     journal.count(number, DUPLICATE)
                 else:
                     journal.count(number, KEPT)
-                    split = "val" if _is_held_out(state, len(ids), share, choices["shard_tokens"]) else "train"
-                    writers[split].add(ids)
-                    state.tokens[split] += len(ids)
+                    whole = ends and not state.inside
+                    if whole and _is_held_out(state, len(ids) + 1, share, choices["shard_tokens"]):
+                        split = "val"
+                    if before and not state.begun:
+                        add(split, end)
+                    add(split, ids)
                     state.kept += 1
+                    state.begun = True
+                if ends and state.begun and not before:
+                    add(split, end)
+                state.inside, state.begun = "" if ends else digest.hex(), state.begun and not ends
             for writer in writers.values():
                 writer.sync()
             state.source, state.position = mark.source, mark.position

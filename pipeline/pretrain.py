@@ -7,6 +7,7 @@ import shutil
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from string import whitespace
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,7 @@ from pipeline.model import CompactGPT2LMHeadModel
 from pipeline.optim import MuonAdamW, adamw, pretraining_groups
 from pipeline.parallel import PretrainTrainer, check_processes, lost_others, shard
 from pipeline.prepare import MANIFEST, TOKENIZER, TOKENIZER_FILE, prepared_shards, read_manifest
-from pipeline.reading import expanded, read_rows
+from pipeline.reading import expanded, holds_json, read_rows
 from pipeline.recipe import Pretrain
 from pipeline.shards import ShardBlocks, ShuffledBlocks
 from pipeline.tokenizer import load_tokenizer
@@ -329,7 +330,10 @@ def _styled(recipe: Pretrain, files: Iterable[Path]) -> Iterator[str]:
             if recipe.style == "wikitext":
                 yield from styled_documents(text)
             else:
-                yield from (document.strip() for document in text.split(DOCUMENT_MARK) if document.strip())
+                # As in `data prepare`: as it is, but for the space around marks.
+                parts = [text] if holds_json(path) else text.split(DOCUMENT_MARK)
+                parts = [part.strip(whitespace) for part in parts] if len(parts) > 1 else parts
+                yield from filter(str.strip, parts)
 
 
 def _limited(documents: Iterator[str], limit: int | None) -> Iterator[str]:

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from eval.errors import UserError, shown
 from pipeline import plain
+from pipeline.reading import expanded
 
 if TYPE_CHECKING:
     from pipeline.model import CompactGPT2Config
@@ -325,7 +326,7 @@ def load_recipe(kind: type[R], name: str | Path, overrides: Iterable[str] = ()) 
 
     Raises `UserError` for a missing file, what is not plain YAML, an unknown key or a value out of range.
     """
-    path = Path(name) if str(name).endswith((".yaml", ".yml")) else RECIPES / f"{name}.yaml"
+    path = expanded(name) if str(name).endswith((".yaml", ".yml")) else RECIPES / f"{name}.yaml"
     try:
         raw = plain.read(path)
     except FileNotFoundError as error:

@@ -9,10 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.main import get_command_from_info
 
 from eval.perplexity import perplexity
 from pipeline.checkpoint import load_model
-from pipeline.cli import app
+from pipeline.cli import app, data
 from pipeline.data import encode
 from pipeline.engines.torch import TorchEngine
 from pipeline.texts import load_text
@@ -230,6 +231,9 @@ def test_a_broken_recipe_file(cli, tmp_path: Path) -> None:
         (["evaluate", "{model}", "--tasks", "glue"], "task glue: unknown; give one of hellaswag, lambada"),
         (["evaluate", "{model}", "--tasks", "lambada", "--task-data", "no"], "no lambada_test*.jsonl below no"),
         (["evaluate", "./nowhere", "--tasks", "lambada", "--task-data", "{tasks}"], "./nowhere: no such folder"),
+        (["evaluate", "{model}", "--tasks", "lambada", "--stride", "3"], "--stride 3: does not go with --tasks"),
+        (["evaluate", "{model}", "--tasks", "lambada", "--text", "{text}"], "does not go with --tasks"),
+        (["evaluate", "{model}", "--text", "{text}", "--limit", "3"], "--limit 3: goes with --tasks"),
         (["generate", "{model}", "--prompt", ""], "the prompt is empty"),
         (["generate", "{model}", "--prompt", "a", "--top-k", "0"], "top_k >= 1"),
         (["generate", "./nowhere", "--prompt", "a", "--top-p", "nan"], "top_p <= 1"),
@@ -237,7 +241,7 @@ def test_a_broken_recipe_file(cli, tmp_path: Path) -> None:
         (["generate", "./nowhere", "--prompt", "a", "--temperature", "inf"], "a finite temperature"),
         (["generate", "./nowhere", "--prompt", "a", "--seed", str(10**30)], "more than 64 bits"),
         (["generate", "./nowhere", "--prompt", "a", "--seed", str(-(10**30))], "more than 64 bits"),
-        (["generate", "./nowhere", "--prompt", "a\udcff"], "not UTF-8 text"),
+        (["generate", "./nowhere", "--prompt", "a\udcff"], "holds bytes that are no"),
         (["generate", "{model}", "--prompt", "a", "--max-new-tokens", str(10**30)], "exceed the context of 48"),
         (["bench", "{model}", "{model}"], "named twice"),
         (["bench", "{embedded}", "{model}", "--device", "cpu"], "has no token"),
@@ -267,6 +271,19 @@ def test_a_mistake_in_another_verb_is_one_line(
     assert (code, stdout) == (2, ""), err
     last = err.splitlines()[-1]
     assert last.startswith("error: ") and said in last and "Traceback" not in err
+
+
+def test_home_is_found_where_no_shell_looks(cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.yaml").write_text("nonsense: 1\n")
+    for words in (("run", "--recipe=~/mine.yaml"), ("pretrain", "--text=~/mine.yaml", "--recipe=~/mine.yaml")):
+        assert "nonsense" in cli(*words)[2]
+    assert f"error: {tmp_path}/none/results.json" in cli("report", "~/none")[2]
+    assert f"{tmp_path}/out" in cli("half", "--out=~/out")[2] and not Path("~").exists()
+    verbs = [*app.registered_commands, *data.registered_commands]
+    commands = [get_command_from_info(verb, pretty_exceptions_short=False, rich_markup_mode=None) for verb in verbs]
+    plain = [option.name for command in commands for option in command.params if "Path" in type(option.type).__name__]
+    assert not plain, "these take a path without looking for ~"
 
 
 def test_run_speaks_json(run_copy: Path, cli) -> None:

@@ -20,9 +20,10 @@ from transformers import Trainer, TrainerCallback, set_seed
 from eval.errors import UserError, WorkError
 from pipeline.artifacts import sha256_tree
 from pipeline.checkpoint import load_model
+from pipeline.corpus import TextFile
 from pipeline.model import CompactGPT2LMHeadModel
 from pipeline.prepare import prepare
-from pipeline.pretrain import pretrain
+from pipeline.pretrain import _documents, pretrain
 from pipeline.recipe import Pretrain, parse_recipe
 from pipeline.shards import ShardBlocks, ShuffledBlocks, find_shards
 from pipeline.tokenizer import load_tokenizer
@@ -291,6 +292,18 @@ def test_too_little_text(text: str | bytes, said: str, validation: str, tmp_path
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(UserError, match=said):
         pretrain(recipe(), [path], tmp_path / "out", validation)
+
+
+@pytest.mark.parametrize("name", ["marked.txt", "plain.txt", "rows.jsonl"])
+def test_documents_are_those_of_data_prepare(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_text({
+        "marked.txt": f" \none\n{DOCUMENT_MARK}\n\u3000two \n{DOCUMENT_MARK} {DOCUMENT_MARK}three\n",
+        "plain.txt": " \none\n\n",
+        "rows.jsonl": f'{{"text": " one\\n{DOCUMENT_MARK} two"}}\n{{"text": " "}}\n{{"text": "three\\n"}}\n',
+    }[name])  # fmt: skip
+    pieces = [text.decode() for text, _ in TextFile(path).pieces()]
+    assert list(_documents(recipe(style="plain"), [path])) == [text for text in pieces if text.strip()]
 
 
 def test_less_text_than_a_block(validation: str, tmp_path: Path) -> None:
