@@ -232,12 +232,12 @@ class CompactGPT2Model(CompactGPT2PreTrainedModel):
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
         attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
+        token_type_ids: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """`input_ids` int64 or `inputs_embeds`, `[batch, length(, n_embd)]` -> `[batch, length, n_embd]`.
@@ -326,14 +326,14 @@ class CompactGPT2LMHeadModel(CompactGPT2PreTrainedModel, GenerationMixin):
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
         attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        token_type_ids: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """As the body; logits are `[batch, length or logits_to_keep, vocab_size]`.
@@ -342,12 +342,12 @@ class CompactGPT2LMHeadModel(CompactGPT2PreTrainedModel, GenerationMixin):
         """
         body = self.transformer(
             input_ids,
-            past_key_values=past_key_values,
             attention_mask=attention_mask,
-            token_type_ids=token_type_ids,
             position_ids=position_ids,
+            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            token_type_ids=token_type_ids,
             return_dict=True,  # whatever the configuration says of what this method returns
             **kwargs,
         )
