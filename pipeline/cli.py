@@ -569,6 +569,8 @@ def pretrain(
         found = reckon(choices, on, devices, utilisation)
         print(json.dumps(found) if as_json else format_estimate(found))
         return found
+    if (on, devices, utilisation) != (None, 1, 0.4):
+        raise UserError("pretrain: --on, --devices and --utilisation go with --estimate; add it, or leave them out")
     files = [*([text] if text else []), *(more or [])]
     if bool(files) == bool(choices.shards):
         raise UserError("pretrain: give either --text FILES or --set shards=FOLDER (see data prepare)")
@@ -581,7 +583,7 @@ def pretrain(
     tracking = Tracking(track, out / "tracking", choices.name)
     folder = train(choices, files, out, load_text(validation) if validation else None, tracking)
     if is_main_process():
-        print(f"Model: {folder}")
+        print(json.dumps({"model": str(folder)}) if as_json else f"Model: {folder}")
     return folder
 
 
