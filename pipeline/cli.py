@@ -491,7 +491,7 @@ def prepare(
 
     An INPUT is a text file (<|endoftext|> parts its documents), a .jsonl file (the text in each line is one), a folder
     of .txt and .jsonl, or hub:DATASET[@CONFIG]:SPLIT, streamed; a local folder in the Hub's format will do as DATASET.
-    .gz, .bz2 and .xz are unpacked.
+    .gz, .bz2 and .xz are unpacked. In the text of a line or row <|endoftext|> is that token, not its letters.
 
     Documents that occur again, are empty, or are not UTF-8 are counted and left out, as is the space around each;
     OUT/manifest.json tells what came of which input. Memory does not grow with the text.

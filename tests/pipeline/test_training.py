@@ -170,16 +170,15 @@ def test_a_cut_off_checkpoint_is_not_used(student, blocks, tmp_path: Path) -> No
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["kept.json"]
 
 
-@pytest.mark.parametrize("harm", ["garbage", "half", "gone"])
-def test_a_damaged_checkpoint_is_one_line_and_without_it_the_training_goes_on(
-    harm: str, student, blocks, tmp_path: Path
-) -> None:
+def test_a_damaged_checkpoint_is_one_line_and_without_it_the_training_goes_on(student, blocks, tmp_path: Path) -> None:
     whole, _ = fit(student, blocks, tmp_path)
     last = Path(str(last_checkpoint(tmp_path)))
     (last / "trainer_state.json").write_text((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())
-    shutil.rmtree(tmp_path / "checkpoint-4")
-    others = {"garbage": ["rng_state.pth"], "half": ["rng_state.pth"], "gone": []}[harm]
-    for name in ("model.safetensors", "optimizer.pt", "scheduler.pt", *others):
+    for name, harm in (
+        *(("model.safetensors", harm) for harm in ("garbage", "half", "gone")),
+        *(("optimizer.pt", harm) for harm in ("garbage", "half", "gone")),
+        *(("scheduler.pt", "half"), ("rng_state.pth", "garbage")),
+    ):
         kept = (last / name).read_bytes()
         (last / name).unlink()
         if harm != "gone":
