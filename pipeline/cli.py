@@ -520,7 +520,8 @@ def prepare(
 
     An INPUT is a text file (<|endoftext|> and the space around it part its documents), a .jsonl file (the text in each
     line is one), a folder of .txt and .jsonl, or hub:DATASET[@CONFIG]:SPLIT, streamed; a local folder in the Hub's
-    format will do as DATASET. .gz, .bz2 and .xz are unpacked.
+    format will do as DATASET. .gz, .bz2 and .xz are unpacked. In the text of a line or row <|endoftext|> is that
+    token, not its letters.
 
     Documents that occur again, are empty, or are not UTF-8 are counted and left out; OUT/manifest.json tells what came
     of which input. The others are taken as they are. Memory does not grow with the text: a document over 4 MiB is
@@ -604,6 +605,8 @@ def pretrain(
         found = reckon(choices, on, devices, utilisation)
         print(json.dumps(found) if as_json else format_estimate(found))
         return found
+    if (on, devices, utilisation) != (None, 1, 0.4):
+        raise UserError("pretrain: --on, --devices and --utilisation go with --estimate; add it, or leave them out")
     files = [*([text] if text else []), *(more or [])]
     if bool(files) == bool(choices.shards):
         raise UserError("pretrain: give either --text FILES or --set shards=FOLDER (see data prepare)")
@@ -616,7 +619,7 @@ def pretrain(
     tracking = Tracking(track, out / "tracking", choices.name)
     folder = train(choices, files, out, load_text(validation) if validation else None, tracking)
     if is_main_process():
-        print(f"Model: {folder}")
+        print(json.dumps({"model": str(folder)}) if as_json else f"Model: {folder}")
     return folder
 
 

@@ -134,17 +134,18 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     path = folder / MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        whole = {"inputs", "tokenizer", "style", "shards"} <= manifest.keys() and all(
-            {"name", "sha256"} <= given.keys() for given in manifest["inputs"]
-        )
-        whole = whole and all(
+        inputs, shards = manifest["inputs"], manifest["shards"]
+        whole = bool(shards) and {"tokenizer", "style"} <= manifest.keys() and isinstance(manifest["tokens"], int)
+        whole &= all({"name", "sha256"} <= given.keys() for given in inputs)
+        whole &= all(isinstance(each[count], int) for each in (manifest, *inputs) for count in ("documents", *FATES))
+        whole &= all(
             isinstance(shard["file"], str) and shard["split"] in SPLITS and isinstance(shard["tokens"], int)
-            for shard in manifest["shards"]
+            for shard in shards
         )
         return manifest if whole else damaged(path)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, AttributeError, KeyError, TypeError):
+    except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError):
         return damaged(path)
 
 
@@ -158,7 +159,16 @@ def prepared_shards(folder: Path, split: str) -> list[Shard]:
     manifest = read_manifest(folder)
     if manifest is None:
         return find_shards(folder, split)
-    return [open_shard(folder / shard["file"]) for shard in manifest["shards"] if shard["split"] == split]
+    shards = []
+    for given in manifest["shards"]:
+        if given["split"] == split:
+            shards.append(open_shard(folder / given["file"]))
+            if shards[-1].tokens != given["tokens"]:
+                raise UserError(
+                    f"{shards[-1].path}: holds {shards[-1].tokens:,} tokens, {MANIFEST} says {given['tokens']:,}; "
+                    "delete the folder and prepare it again"
+                )
+    return shards
 
 
 def _only(mapping: dict[str, Any], *keys: str) -> dict[str, Any]:
@@ -356,6 +366,9 @@ class _Progress:
 
 def _manifest(choices: dict[str, Any], journal: Journal, out: Path) -> dict[str, Any]:
     state, inputs = journal.state, []
+    shards = {split: find_shards(out, split) for split in SPLITS}
+    if {split: sum(shard.tokens for shard in found) for split, found in shards.items()} != state.tokens:
+        raise UserError(f"{out}: its shards are not those that were written; delete the folder and prepare it again")
     for given, (chain, fates) in zip(choices["inputs"], journal.outcome(), strict=True):
         content = {} if given["sha256"] else {"documents_sha256": chain}
         inputs.append(given | content | {"documents": sum(fates.values())} | fates)
@@ -367,7 +380,7 @@ def _manifest(choices: dict[str, Any], journal: Journal, out: Path) -> dict[str,
         "shards": [
             {"file": shard.path.name, "split": split, "tokens": shard.tokens, "sha256": sha256_file(shard.path)}
             for split in SPLITS
-            for shard in find_shards(out, split)
+            for shard in shards[split]
         ],
     }
 

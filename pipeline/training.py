@@ -1,5 +1,6 @@
 """Training with the Hugging Face `Trainer`: what fine-tuning and pretraining share."""
 
+import contextlib
 import json
 import math
 import os
@@ -8,6 +9,7 @@ import shutil
 import statistics
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ from transformers import (
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK, OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from eval.errors import WorkError
+from eval.errors import UserError, WorkError
 from eval.results import save_json
 from pipeline import hardware
 from pipeline.data import IGNORE, TokenBlocks
@@ -133,6 +135,19 @@ class Clock(TrainerCallback):
         state.log_history[-1]["seconds"] = time.perf_counter() - self.begun
 
 
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Raise `UserError` where a file of a checkpoint cannot be understood."""
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError, PermissionError):  # the file may be whole
+        raise
+    except Exception as error:  # safetensors, pickle and torch raise many kinds
+        raise UserError(
+            f"{path}: damaged; delete {path.parent}, and the training goes on from the checkpoint before, or anew"
+        ) from error
+
+
 class ResumingTrainer(Trainer):
     """A `Trainer` that resumes on several processes without a GPU, too."""
 
@@ -144,7 +159,12 @@ class ResumingTrainer(Trainer):
         # By way of the CPU: where there are several, a process calls its device cpu:0, which nothing can be loaded to.
         if checkpoint is not None:
             for part, name in ((self.optimizer, OPTIMIZER_NAME), (self.lr_scheduler, SCHEDULER_NAME)):
-                part.load_state_dict(torch.load(Path(checkpoint) / name, map_location="cpu", weights_only=True))
+                with reading(Path(checkpoint) / name):
+                    part.load_state_dict(torch.load(Path(checkpoint) / name, map_location="cpu", weights_only=True))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with reading(Path(checkpoint or "") / "rng_state.pth"):
+            super()._load_rng_state(checkpoint)
 
     def whole_model(self) -> CompactGPT2LMHeadModel:
         """The model, brought together where it is spread over processes; all of them must call it."""
@@ -152,7 +172,8 @@ class ResumingTrainer(Trainer):
 
     def load_weights(self, checkpoint: Path) -> None:
         """Take the weights of a checkpoint."""
-        load_weights(self.model, checkpoint / SAFE_WEIGHTS_NAME)
+        with reading(checkpoint / SAFE_WEIGHTS_NAME):
+            load_weights(self.model, checkpoint / SAFE_WEIGHTS_NAME)
 
 
 class DistillingTrainer(ResumingTrainer):
@@ -213,7 +234,10 @@ class Rollbacks:
 
     def __init__(self, folder: Path):
         self.folder, self.path = folder, folder / "rollbacks.json"
-        self.steps: list[dict[str, Any]] = json.loads(self.path.read_text()) if self.path.exists() else []
+        try:
+            self.steps: list[dict[str, Any]] = json.loads(self.path.read_text()) if self.path.exists() else []
+        except ValueError as error:
+            raise UserError(f"{self.path}: damaged; give another --out, which starts anew") from error
 
     def add(self, step: int, reason: str) -> None:
         """Note a divergence; the next start is from the last checkpoint, or the one before if that led nowhere."""
@@ -246,8 +270,15 @@ def run(trainer: ResumingTrainer, name: str, spike: float | None = None) -> list
         trainer.remove_callback(chatty)
     trainer.add_callback(Watch(name, spike))
     last = last_checkpoint(Path(trainer.args.output_dir))
-    state = TrainerState.load_from_json(f"{last}/{TRAINER_STATE_NAME}") if last else TrainerState()
+    state = TrainerState()
+    if last is not None:
+        with reading(Path(last) / TRAINER_STATE_NAME):
+            state = TrainerState.load_from_json(f"{last}/{TRAINER_STATE_NAME}")
+            if not (isinstance(state.global_step, int) and state.log_history and state.train_batch_size):
+                raise ValueError("the trainer would stumble over it")
     wanted = trainer.args.max_steps if trainer.args.max_steps > 0 else state.max_steps
+    if state.global_step > wanted:
+        raise UserError(f"{last}: further than {wanted} steps; give as many or more, or another --out")
     if last is not None and state.global_step >= wanted:
         # Resumed at its end, the trainer would take one step too many.
         trainer.load_weights(Path(last))

@@ -331,10 +331,54 @@ def test_the_folder_holds_something_else(corpus: Path, tokenizer: Path, tmp_path
     (tmp_path / "foreign" / "fineweb_train_000001.bin").touch()
     with pytest.raises(UserError, match="shards of another origin"):
         make(corpus, tmp_path / "foreign", tokenizer)
-    for name, content in (("manifest.json", b"{"), ("manifest.json", b"[]")):
-        (out / name).write_bytes(content)
-        with pytest.raises(UserError, match=rf"{name}: damaged"):
+    manifest = json.loads((out / "manifest.json").read_text())
+    wrong = ({"kept": "x"}, {"tokens": None}, {"shards": []}, {"inputs": [{"name": "a", "sha256": "b"}]})
+    for content in ("{", "[]", "[" * 100_000, *(json.dumps(manifest | each) for each in wrong)):
+        (out / "manifest.json").write_text(content)
+        with pytest.raises(UserError, match=r"manifest\.json: damaged"):
             make(corpus, out, tokenizer)
+
+
+def test_a_folder_of_an_earlier_version(corpus: Path, tokenizer: Path, tmp_path: Path) -> None:
+    """Which held out by documents and knew no order of the end-of-text token: readable, but not to be gone on with."""
+    out = tmp_path / "out"
+    manifest = make(corpus, out, tokenizer, validation_share=None)
+    for key in ("validation_share", "end_of_text"):
+        del manifest[key]
+    (out / "manifest.json").write_text(json.dumps(manifest | {"validation_every": 200}))
+    assert module.prepared_shards(out, "train") == find_shards(out, "train")
+    said = "an earlier version of Headroom, which had no validation_share; give another --out, or delete it"
+    with pytest.raises(UserError, match=said):
+        make(corpus, out, tokenizer, validation_share=None)
+    (out / "manifest.json").unlink()
+    for path in out.glob("*.bin"):
+        path.unlink()
+    choices = {key: manifest[key] for key in ("tokenizer", "style", "shard_tokens")}
+    inputs = [{key: given[key] for key in ("name", "sha256")} for given in manifest["inputs"]]
+    with contextlib.closing(Journal(out, {"inputs": inputs, **choices, "validation_every": 200})) as journal:
+        journal.state.tokens["train"] = 1
+        journal.commit()
+    with pytest.raises(UserError, match=said):
+        make(corpus, out, tokenizer, validation_share=None)
+
+
+@pytest.mark.parametrize("lost", ["train_000000.bin", "train_000006.bin", "train_000007.bin"])
+def test_a_shard_is_lost_while_a_preparation_is_cut_off(
+    lost: str, corpus: Path, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module.ShardWriter, "finish", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            make(corpus, out, tokenizer)
+    (out / lost).unlink()
+    with pytest.raises(UserError, match="delete the folder and prepare it again"):
+        make(corpus, out, tokenizer)
+    assert not (out / "manifest.json").exists()
 
 
 @pytest.mark.parametrize("name", ["tokenizer/mine.json", "manifest.json", "state.db", "others.db"])
@@ -361,7 +405,10 @@ def test_a_finished_folder(corpus: Path, tokenizer: Path, tmp_path: Path) -> Non
         module.prepared_shards(out, "train")
     assert make(corpus, out, tokenizer) == manifest and not (out / "state.db").exists()
     path = out / "train_000001.bin"
-    path.write_bytes(path.read_bytes()[:-2])
+    path.write_bytes(struct.pack("<3i", 20240520, 1, 3).ljust(1024, b"\0") + bytes(6))
+    with pytest.raises(UserError, match=r"train_000001\.bin: holds 3 tokens, manifest\.json says 1,000;"):
+        make(corpus, out, tokenizer)
+    path.write_bytes((out / "train_000000.bin").read_bytes()[:-2])
     with pytest.raises(UserError, match=r"train_000001\.bin: the header says 1000 tokens, the file holds 999;"):
         make(corpus, out, tokenizer)
     path.unlink()

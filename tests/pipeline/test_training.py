@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional as F
 from transformers import Trainer, TrainerCallback
 
-from eval.errors import WorkError
+from eval.errors import UserError, WorkError
 from pipeline.data import TokenBlocks
 from pipeline.model import CompactGPT2LMHeadModel, from_gpt2
 from pipeline.recipe import Distill, Finetune, Recipe, parse_recipe
@@ -168,6 +168,30 @@ def test_a_cut_off_checkpoint_is_not_used(student, blocks, tmp_path: Path) -> No
     (tmp_path / "a" / "kept.json").write_text("{}")
     drop_checkpoints(tmp_path / "a")
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["kept.json"]
+
+
+def test_a_damaged_checkpoint_is_one_line_and_without_it_the_training_goes_on(student, blocks, tmp_path: Path) -> None:
+    whole, _ = fit(student, blocks, tmp_path)
+    last = Path(str(last_checkpoint(tmp_path)))
+    (last / "trainer_state.json").write_text((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())
+    for name, harm in (
+        *(("model.safetensors", harm) for harm in ("garbage", "half", "gone")),
+        *(("optimizer.pt", harm) for harm in ("garbage", "half", "gone")),
+        *(("scheduler.pt", "half"), ("rng_state.pth", "garbage")),
+    ):
+        kept = (last / name).read_bytes()
+        (last / name).unlink()
+        if harm != "gone":
+            (last / name).write_bytes(b"no checkpoint" if harm == "garbage" else kept[: len(kept) // 2])
+        with pytest.raises(UserError, match=rf"{last}/{name}: damaged; delete {last}, and the training goes on from"):
+            fit(student, blocks, tmp_path)
+        (last / name).write_bytes(kept)
+    for state in ("[]", "{}", '{"global_step": "x"}'):
+        (last / "trainer_state.json").write_text(state)
+        with pytest.raises(UserError, match=r"trainer_state\.json: damaged"):
+            fit(student, blocks, tmp_path)
+    shutil.rmtree(last)
+    assert same(fit(student, blocks, tmp_path)[0], whole)
 
 
 def test_nothing_of_a_teacher_without_weight(student, teacher, blocks, tmp_path: Path) -> None:
