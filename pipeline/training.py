@@ -10,8 +10,10 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_model as load_weights
 from torch.nn import functional as F
 from transformers import (
@@ -26,7 +28,7 @@ from transformers import (
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK, OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from eval.errors import WorkError
+from eval.errors import UserError, WorkError
 from eval.results import save_json
 from pipeline import hardware
 from pipeline.data import IGNORE, TokenBlocks
@@ -196,16 +198,31 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def last_checkpoint(folder: Path) -> str | None:
-    """The last whole checkpoint in `folder`; what a kill cut off is deleted."""
-    for path in sorted(checkpoints(folder), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
-        try:
-            # The trainer writes this file last.
-            json.loads((path / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    """The last whole checkpoint in `folder`; what a kill cut off, and what is damaged, is deleted."""
+    for path in sorted(checkpoints(folder), key=_step, reverse=True):
+        if _is_whole(path):
             return str(path)
-        except (OSError, ValueError):
-            if is_main_process():
-                shutil.rmtree(path)
+        if is_main_process():
+            if (path / TRAINER_STATE_NAME).exists():  # written last: no kill cut it off
+                print(f"{path}: damaged, so the training does not go on from it", file=sys.stderr)
+            shutil.rmtree(path)
     return None
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether a checkpoint's files are there and can be read."""
+    try:
+        state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        with safe_open(checkpoint / SAFE_WEIGHTS_NAME, "numpy"):
+            pass
+        saved = {checkpoint / OPTIMIZER_NAME, checkpoint / SCHEDULER_NAME, *checkpoint.glob("*.pt*")}
+        return state.global_step == _step(checkpoint) and all(ZipFile(path).testzip() is None for path in saved)
+    except Exception:  # whatever a damaged file leads its reader to
+        return False
 
 
 class Rollbacks:
@@ -213,7 +230,12 @@ class Rollbacks:
 
     def __init__(self, folder: Path):
         self.folder, self.path = folder, folder / "rollbacks.json"
-        self.steps: list[dict[str, Any]] = json.loads(self.path.read_text()) if self.path.exists() else []
+        try:
+            self.steps: list[dict[str, Any]] = json.loads(self.path.read_text()) if self.path.exists() else []
+            if not all("to" in step for step in self.steps):
+                raise ValueError("no way back")
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(f"{self.path}: damaged; give another --out, which starts anew") from error
 
     def add(self, step: int, reason: str) -> None:
         """Note a divergence; the next start is from the last checkpoint, or the one before if that led nowhere."""
