@@ -13,12 +13,12 @@ import torch
 from torch.nn import functional as F
 from transformers import Trainer, TrainerCallback
 
-from eval.errors import WorkError
+from eval.errors import UserError, WorkError
 from pipeline.data import TokenBlocks
 from pipeline.model import CompactGPT2LMHeadModel, from_gpt2
 from pipeline.recipe import Distill, Finetune, Recipe, parse_recipe
 from pipeline.stages import Job, finetune, load
-from pipeline.training import ResumingTrainer, drop_checkpoints, last_checkpoint, train
+from pipeline.training import ResumingTrainer, Rollbacks, drop_checkpoints, last_checkpoint, train
 
 CHOICES = {"steps": 6, "batch_size": 2, "learning_rate": 1e-3, "save_steps": 2}
 
@@ -192,6 +192,13 @@ def test_a_damaged_checkpoint_is_not_used(student, blocks, tmp_path: Path, capsy
     assert same(whole, again) and curve == same_curve
     told = capsys.readouterr().err
     assert all(f"{number}/checkpoint-6: damaged, so the training does not" in told for number in range(len(damages)))
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "7", '[{"step": 3}]', "\xff"])
+def test_damaged_rollbacks(text: str, tmp_path: Path) -> None:
+    (tmp_path / "rollbacks.json").write_text(text, encoding="latin-1")
+    with pytest.raises(UserError, match=r"rollbacks\.json: damaged; give another --out"):
+        Rollbacks(tmp_path)
 
 
 def test_nothing_of_a_teacher_without_weight(student, teacher, blocks, tmp_path: Path) -> None:
