@@ -83,18 +83,36 @@ Force = Annotated[
 
 
 def _recipe(name: str | None, changes: list[str] | None, out: Path) -> Any:
-    """The recipe named, else the one the run folder keeps, else the demo."""
+    """The recipe named, else the one the run folder keeps, else the demo; its model has been looked into."""
+    from pipeline.hub import resolve
     from pipeline.recipe import Recipe, load_recipe
 
     kept = out / "recipe.yaml"
-    return load_recipe(Recipe, name or (kept if kept.exists() else "demo"), changes or [])
+    choices = load_recipe(Recipe, name or (kept if kept.exists() else "demo"), changes or [])
+    _looked_into(resolve(choices.load.source, choices.load.revision))
+    return choices
 
 
 def _folder(model: str | Path) -> Path:
     """The folder of a model that a verb is given; what lies there goes before the embedded model."""
     from pipeline.hub import resolve
 
-    return Path(model) if str(model) == "embedded" and Path(model).is_dir() else resolve(str(model))
+    there = str(model) == "embedded" and Path(model).is_dir()
+    return _looked_into(Path(model) if there else resolve(str(model)))
+
+
+def _looked_into(folder: Path) -> Path:
+    """A model folder that is none is refused before what takes seconds to be imported."""
+    from cuda_ext.checkpoint import read_checkpoint
+    from cuda_ext.errors import CheckpointError
+    from pipeline.engines import default_engine
+
+    if default_engine(folder) == "torch":
+        try:
+            read_checkpoint(folder)
+        except CheckpointError as error:
+            raise UserError(str(error)) from error
+    return folder
 
 
 @app.command()

@@ -1,7 +1,6 @@
 """Order the stages, skip what is up to date, resume what was cut off, measure, report."""
 
 import contextlib
-import json
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
@@ -16,11 +15,9 @@ from pipeline.artifacts import Manifest, RunFolder, disk_errors, fingerprint, gi
 from pipeline.choices import differences, kept_recipe, listed, written_by_a_run
 from pipeline.data import sha256_text
 from pipeline.measure import Measurer, check_lengths, load_tasks
-from pipeline.model import CompactGPT2Config
 from pipeline.recipe import Recipe
 from pipeline.report import REPORTS, write_report
-from pipeline.stages import BY_NAME, STAGES, Job, Stage
-from pipeline.stages.load import resolve
+from pipeline.stages import BY_NAME, STAGES, Job, Stage, load
 from pipeline.store import Store
 from pipeline.texts import load_text, refuse_overlap
 from pipeline.tracking import Tracking
@@ -88,9 +85,6 @@ class Runner:
                 raise UserError(f"{self.run.path}: {what}; give another --out, or --force {where}")
         for stage in wanted:
             self._bring_up_to_date(stage, stage.name in force)
-            if stage.name == "load":
-                config = CompactGPT2Config.from_pretrained(self.run.stage("load") / "model")
-                check_lengths(self.recipe.measure, config.n_positions)
 
     def stage(self, name: str, *, force: bool = False) -> Results:
         """Make one stage from the stages before it, which must be there; then measure its quality."""
@@ -209,11 +203,8 @@ class Runner:
         """Before anything is written: the folder is no other's, the model, texts and tasks can be had, lengths fit."""
         self._refuse_strangers()
         if BY_NAME["load"] in wanted:
-            model = resolve(self.recipe.load.source, self.recipe.load.revision)
-            with contextlib.suppress(OSError, ValueError, AttributeError):  # what is wrong there, loading says
-                positions = json.loads((model / "config.json").read_text(encoding="utf-8")).get("n_positions")
-                if isinstance(positions, int) and positions > 0:
-                    check_lengths(self.recipe.measure, positions)
+            model, _ = load.wanted(self.recipe)
+            check_lengths(self.recipe.measure, model.config.n_positions)
         evaluation = load_text(self.recipe.data.evaluation)
         for source in dict.fromkeys(source for stage in wanted for source in stage.reads(self.recipe)):
             refuse_overlap(source, load_text(source), evaluation)

@@ -12,8 +12,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_model as load_weights
 from torch.nn import functional as F
 from transformers import (
@@ -217,16 +219,42 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def last_checkpoint(folder: Path) -> str | None:
-    """The last whole checkpoint in `folder`; what a kill cut off is deleted."""
-    for path in sorted(checkpoints(folder), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
-        try:
-            # The trainer writes this file last.
-            json.loads((path / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    """The last whole checkpoint in `folder`; what a kill cut off is deleted, what is damaged is passed over."""
+    for path in sorted(checkpoints(folder), key=_step, reverse=True):
+        if _is_whole(path):
             return str(path)
-        except (OSError, ValueError):
-            if is_main_process():
+        if is_main_process():
+            if _cut_off(path):
                 shutil.rmtree(path)
+            else:
+                print(f"{path}: damaged, so the training does not go on from it", file=sys.stderr)
     return None
+
+
+def _cut_off(checkpoint: Path) -> bool:
+    """Whether a kill came before the trainer had written all: this file is its last."""
+    try:
+        json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+        return False
+    except (OSError, ValueError):
+        return True
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether a checkpoint's files are there and can be read."""
+    try:
+        state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        with safe_open(checkpoint / SAFE_WEIGHTS_NAME, "numpy"):
+            pass
+        saved = {checkpoint / OPTIMIZER_NAME, checkpoint / SCHEDULER_NAME, *checkpoint.glob("*.pt*")}
+        told = state.global_step == _step(checkpoint) and state.log_history and state.train_batch_size
+        return bool(told) and all(ZipFile(path).testzip() is None for path in saved)
+    except Exception:  # whatever a damaged file leads its reader to
+        return False
 
 
 class Rollbacks:
@@ -236,7 +264,9 @@ class Rollbacks:
         self.folder, self.path = folder, folder / "rollbacks.json"
         try:
             self.steps: list[dict[str, Any]] = json.loads(self.path.read_text()) if self.path.exists() else []
-        except ValueError as error:
+            if not all("to" in step for step in self.steps):
+                raise ValueError("no way back")
+        except (OSError, ValueError, TypeError) as error:
             raise UserError(f"{self.path}: damaged; give another --out, which starts anew") from error
 
     def add(self, step: int, reason: str) -> None:
@@ -270,12 +300,7 @@ def run(trainer: ResumingTrainer, name: str, spike: float | None = None) -> list
         trainer.remove_callback(chatty)
     trainer.add_callback(Watch(name, spike))
     last = last_checkpoint(Path(trainer.args.output_dir))
-    state = TrainerState()
-    if last is not None:
-        with reading(Path(last) / TRAINER_STATE_NAME):
-            state = TrainerState.load_from_json(f"{last}/{TRAINER_STATE_NAME}")
-            if not (isinstance(state.global_step, int) and state.log_history and state.train_batch_size):
-                raise ValueError("the trainer would stumble over it")
+    state = TrainerState.load_from_json(f"{last}/{TRAINER_STATE_NAME}") if last else TrainerState()
     wanted = trainer.args.max_steps if trainer.args.max_steps > 0 else state.max_steps
     if state.global_step > wanted:
         raise UserError(f"{last}: further than {wanted} steps; give as many or more, or another --out")

@@ -25,11 +25,14 @@ def why_not() -> str | None:
 
 
 def why_not_model(folder: Path) -> str | None:
-    """Why the kernels cannot run the model of a folder on any machine, in one phrase; None where they can."""
+    """Why the kernels cannot run the model of a folder on any machine, in one phrase; None where they can.
+
+    Raises `UserError` for an unusable folder.
+    """
     try:
         return unsupported(read_shape(folder))
     except CudaExtError as error:
-        return reason(error).removeprefix(f"{folder / 'config.json'}: ")
+        raise UserError(str(error)) from error
 
 
 class CudaEngine:

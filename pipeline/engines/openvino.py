@@ -90,10 +90,10 @@ class OpenVINOEngine:
         if threads is not None and threads < 1:
             raise UserError(f"threads is {threads}: give at least 1")
         context, vocab_size = _read_config(folder)
-        core = import_openvino().Core()
         xml = folder / IR_NAME
         if not xml.is_file() or not xml.with_suffix(".bin").is_file():
             raise UserError(f"{folder}: no {IR_NAME} with its .bin there; export the model with the quantize stage")
+        core = import_openvino().Core()
         options = {"PERFORMANCE_HINT": "LATENCY"}
         if threads is not None:
             options["INFERENCE_NUM_THREADS"] = str(threads)
