@@ -6,8 +6,7 @@ from pathlib import Path
 
 from eval.engine import Engine
 from eval.errors import UserError
-
-ENGINES = ("torch", "cuda", "openvino")
+from pipeline.options import ENGINES
 
 
 def load_engine(name: str, folder: Path, *, device: str | None = None, precision: str | None = None) -> Engine:
