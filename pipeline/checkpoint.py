@@ -39,16 +39,17 @@ def load_model(folder: Path, dtype: torch.dtype | str = torch.float32) -> Compac
     return model.eval()
 
 
-def check_folder(folder: Path) -> None:
+def check_folder(folder: Path) -> CompactGPT2Config:
     """Whether `load_model` will take it and `save_model` write it again, but for the values of the weights, which are
-    not read: in a moment. Raises `UserError` as `load_model` does.
+    not read: in a moment. Returns its configuration; raises `UserError` as `load_model` does.
     """
     try:
-        _read(folder)
+        _, config = _read(folder)
     except CheckpointError as error:
         raise UserError(str(error)) from error
     if (folder / "generation_config.json").exists():
         _generation_config(folder / "generation_config.json", strict=True)
+    return config
 
 
 def _read(folder: Path) -> tuple[Checkpoint, CompactGPT2Config]:

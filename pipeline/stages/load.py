@@ -7,7 +7,7 @@ from eval.errors import UserError
 from pipeline.artifacts import fingerprint, sha256_file
 from pipeline.checkpoint import check_folder, load_model, save_model
 from pipeline.hub import WANTED, resolve
-from pipeline.model import to_grouped, to_windowed
+from pipeline.model import CompactGPT2Config, to_grouped, to_windowed
 from pipeline.recipe import Recipe
 from pipeline.stages.job import Job
 from pipeline.tokenizer import load_tokenizer, stored_state
@@ -28,18 +28,30 @@ def content_fingerprint(folder: Path) -> str:
         raise UserError(f"{error.filename}: {error.strerror}; give a folder that you may read") from error
 
 
+def check(recipe: Recipe) -> CompactGPT2Config:
+    """The configuration that the loaded model will have, in a moment. Raises `UserError` where it can have none."""
+    config = check_folder(resolve(recipe.load.source, recipe.load.revision))
+    try:
+        return CompactGPT2Config.from_dict(config.to_dict() | _conversions(recipe))
+    except ValueError as error:
+        raise UserError(f"recipe, load: {error}") from error
+
+
+def _conversions(recipe: Recipe) -> dict[str, Any]:
+    return recipe.load.model_dump(include=_CONVERSIONS, exclude_none=True)
+
+
 def config(recipe: Recipe) -> dict[str, Any]:
     """The part of the recipe that decides this stage, with the content of the model it names.
 
     Raises `UserError` where that model is none that can be loaded: here, for here nothing is written yet.
     """
+    check(recipe)
     folder = resolve(recipe.load.source, recipe.load.revision)
-    check_folder(folder)
-    conversions = recipe.load.model_dump(include=_CONVERSIONS, exclude_none=True)
     # Copies of such a tokenizer that earlier versions made, and all that was made with them, are not up to date.
     cleaned = {"left_out": sorted(stored_state(folder))} if stored_state(folder) else {}
     content = {"content": content_fingerprint(folder)}
-    return recipe.load.model_dump(exclude=_CONVERSIONS) | conversions | content | cleaned
+    return recipe.load.model_dump(exclude=_CONVERSIONS) | _conversions(recipe) | content | cleaned
 
 
 def build(job: Job) -> dict[str, Any]:
