@@ -11,11 +11,12 @@ import traceback
 from pathlib import Path
 from typing import Annotated, Any
 
+import click
 import typer
 
 from eval.errors import UserError, WorkError, reason, shown
 from pipeline.artifacts import NO_PATH
-from pipeline.reading import expanded
+from pipeline.options import ENGINES, MEASURE, PRECISIONS, STAGES, PathWord, matching, one_of
 
 app = typer.Typer(
     help=(
@@ -34,13 +35,12 @@ app = typer.Typer(
 data = typer.Typer(no_args_is_help=True, help="Make training data: see data prepare --help.")
 app.add_typer(data, name="data")
 
-
-def path(word: str | Path) -> Path:
-    """A path, also where no shell has expanded its `~`, as in `--out=~/x`."""
-    return expanded(word)
-
-
-Out = Annotated[Path, typer.Option(parser=path, help="The run folder; stages that are up to date there are skipped.")]
+PATH = PathWord()
+_TASKS = matching(r"(hellaswag|lambada)(,(hellaswag|lambada))*", "give hellaswag, lambada or hellaswag,lambada")
+_DEVICE = matching(r"cpu|cuda(:\d+)?", "give cpu, cuda or cuda:N")
+Out = Annotated[
+    Path, typer.Option(click_type=PATH, help="The run folder; stages that are up to date there are skipped.")
+]
 RecipeName = Annotated[str | None, typer.Option("--recipe", help="A preset (demo, gpt2) or a .yaml file.")]
 Set = Annotated[
     list[str] | None,
@@ -50,11 +50,15 @@ Model = Annotated[
     str, typer.Argument(help="A model folder (safetensors in Hub format, or an OpenVINO IR), a Hub id, or embedded.")
 ]
 ModelDir = Annotated[
-    Path, typer.Argument(parser=path, help="A model folder: safetensors in Hub format, or an OpenVINO IR.")
+    Path, typer.Argument(click_type=PATH, help="A model folder: safetensors in Hub format, or an OpenVINO IR.")
 ]
 EngineName = Annotated[
     str | None,
-    typer.Option("--engine", help="torch, cuda (own kernels) or openvino; by default torch, or openvino for an IR."),
+    typer.Option(
+        "--engine",
+        callback=one_of(*ENGINES),
+        help="torch, cuda (own kernels) or openvino; by default torch, or openvino for an IR.",
+    ),
 ]
 _TEST_TEXT = "embedded:test"
 Text = Annotated[
@@ -66,16 +70,23 @@ Text = Annotated[
     ),
 ]
 Device = Annotated[
-    str | None, typer.Option(help="cpu or cuda:0 (not for openvino); by default the GPU if there is one.")
+    str | None,
+    typer.Option(callback=_DEVICE, help="cpu or cuda:0 (not for openvino); by default the GPU if there is one."),
 ]
 Precision = Annotated[
     str | None,
-    typer.Option(help="fp32, fp16, bf16, int8, int4-int8, w8a8, auto (an IR's defaults); by default what is held."),
+    typer.Option(
+        callback=one_of(*PRECISIONS),
+        help="fp32, fp16, bf16, int8, int4-int8, w8a8, auto (an IR's defaults); by default what is held.",
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else on stdout.")]
 Track = Annotated[
     str,
-    typer.Option(help="Log trainings and the table: tensorboard (OUT/tracking), mlflow (MLFLOW_TRACKING_URI), none."),
+    typer.Option(
+        callback=one_of("tensorboard", "mlflow", "none"),
+        help="Log trainings and the table: tensorboard (OUT/tracking), mlflow (MLFLOW_TRACKING_URI), none.",
+    ),
 ]
 Force = Annotated[
     bool, typer.Option(help="Make the stage again although it is up to date, or other choices made what is there.")
@@ -88,7 +99,9 @@ def _recipe(name: str | None, changes: list[str] | None, out: Path) -> Any:
     from pipeline.recipe import Recipe, load_recipe
 
     kept = out / "recipe.yaml"
-    choices = load_recipe(Recipe, name or (kept if kept.exists() else "demo"), changes or [])
+    if name is None:
+        name = str(kept) if kept.exists() else "demo"
+    choices = load_recipe(Recipe, name, changes or [])
     _looked_into(resolve(choices.load.source, choices.load.revision))
     return choices
 
@@ -121,13 +134,15 @@ def run(
     out: Out = Path("runs/demo"),
     set: Set = None,
     until: Annotated[
-        str | None, typer.Option(help="Stop after this stage; it and those before it are measured.")
+        str | None,
+        typer.Option(callback=one_of(*STAGES), help="Stop after this stage; it and those before it are measured."),
     ] = None,
     force: Annotated[
         list[str] | None,
         typer.Option(
+            callback=one_of(*STAGES, MEASURE),
             help="Make this stage again although it is up to date, and it and those after it although other choices "
-            "made them; measure, the last, stands for the measurements."
+            "made them; measure, the last, stands for the measurements.",
         ),
     ] = None,
     track: Track = "none",
@@ -206,12 +221,15 @@ def quantize(out: Out = Path("runs/demo"), recipe: RecipeName = None, set: Set =
 def sweep(
     grid: Annotated[list[str], typer.Option(help="A recipe key and its values, as in prune.ratio=0.1,0.2,0.4.")],
     recipe: Annotated[str, typer.Option(help="A preset (demo, gpt2) or a .yaml file.")] = "demo",
-    out: Annotated[Path, typer.Option(parser=path, help="The sweep's folder; what is there is not done again.")] = Path(
-        "runs/sweep"
-    ),
+    out: Annotated[
+        Path, typer.Option(click_type=PATH, help="The sweep's folder; what is there is not done again.")
+    ] = Path("runs/sweep"),
     set: Set = None,
     launcher: Annotated[
-        str, typer.Option(help="Who makes the stages: local, or ray (RAY_ADDRESS names a cluster).")
+        str,
+        typer.Option(
+            callback=one_of("local", "ray"), help="Who makes the stages: local, or ray (RAY_ADDRESS names a cluster)."
+        ),
     ] = "local",
     workers: Annotated[int, typer.Option(min=1, help="Points made at a time; measuring is one by one.")] = 1,
     as_json: Json = False,
@@ -241,13 +259,14 @@ def evaluate(
     stride: Annotated[int | None, typer.Option(min=1, help="Tokens between windows; by default the context.")] = None,
     context: Annotated[int | None, typer.Option(min=2, help="Tokens a window; by default the model's limit.")] = None,
     tasks: Annotated[
-        str | None, typer.Option(help="hellaswag,lambada: score these by lm-evaluation-harness, and no text.")
+        str | None,
+        typer.Option(callback=_TASKS, help="hellaswag,lambada: score these by lm-evaluation-harness, and no text."),
     ] = None,
     limit: Annotated[int | None, typer.Option(min=2, help="Only the first documents of each task.")] = None,
     task_data: Annotated[
         Path | None,
         typer.Option(
-            parser=path,
+            click_type=PATH,
             envvar="HEADROOM_TASK_DATA",
             help="A folder with hellaswag_val*.jsonl or .txt[.bz2] and lambada_test*.jsonl; by default from the Hub.",
         ),
@@ -255,7 +274,7 @@ def evaluate(
     task_cache: Annotated[
         Path,
         typer.Option(
-            parser=path, help="Where answers are kept: an interrupted evaluation goes on, a repeated one is quick."
+            click_type=PATH, help="Where answers are kept: an interrupted evaluation goes on, a repeated one is quick."
         ),
     ] = Path("runs/tasks"),
     device: Device = None,
@@ -319,9 +338,15 @@ def evaluate(
 def compare(
     a: Annotated[str, typer.Argument(metavar="A", help="A model folder or Hub id: what the other is taken for.")],
     b: Annotated[str, typer.Argument(metavar="B", help="A model folder or Hub id; the same one for another engine.")],
-    engine: Annotated[list[str] | None, typer.Option("--engine", help="Once for both, or twice: A's, B's.")] = None,
-    device: Annotated[list[str] | None, typer.Option("--device", help="Once for both, or twice.")] = None,
-    precision: Annotated[list[str] | None, typer.Option("--precision", help="Once for both, or twice.")] = None,
+    engine: Annotated[
+        list[str] | None, typer.Option("--engine", callback=one_of(*ENGINES), help="Once for both, or twice: A's, B's.")
+    ] = None,
+    device: Annotated[
+        list[str] | None, typer.Option("--device", callback=_DEVICE, help="Once for both, or twice.")
+    ] = None,
+    precision: Annotated[
+        list[str] | None, typer.Option("--precision", callback=one_of(*PRECISIONS), help="Once for both, or twice.")
+    ] = None,
     text: Text = _TEST_TEXT,
     tokens: Annotated[int, typer.Option(min=1, help="Compare on this many tokens from the text's start.")] = 1024,
     as_json: Json = False,
@@ -382,7 +407,10 @@ def bench(
         list[str],
         typer.Argument(help="Model folders or Hub ids; the first one is what the others are compared with."),
     ],
-    engine: Annotated[list[str] | None, typer.Option("--engine", help="One for each folder, or one for all.")] = None,
+    engine: Annotated[
+        list[str] | None,
+        typer.Option("--engine", callback=one_of(*ENGINES), help="One for each folder, or one for all."),
+    ] = None,
     prompt_tokens: Annotated[int, typer.Option(min=1)] = 128,
     new_tokens: Annotated[int, typer.Option(min=2)] = 32,
     batch: Annotated[int, typer.Option(min=1)] = 1,
@@ -410,14 +438,17 @@ def bench(
 @app.command()
 def profile(
     models: Annotated[
-        list[Path], typer.Argument(parser=path, help="Model folders, or a run folder for all that is in its table.")
+        list[Path], typer.Argument(click_type=PATH, help="Model folders, or a run folder for all that is in its table.")
     ],
     out: Annotated[
         Path | None,
-        typer.Option(parser=path, help="The TensorBoard log folder; by default RUN/traces, or runs/profile."),
+        typer.Option(click_type=PATH, help="The TensorBoard log folder; by default RUN/traces, or runs/profile."),
     ] = None,
     engine: Annotated[
-        list[str] | None, typer.Option("--engine", help="torch, cuda or openvino; may be given more than once.")
+        list[str] | None,
+        typer.Option(
+            "--engine", callback=one_of(*ENGINES), help="torch, cuda or openvino; may be given more than once."
+        ),
     ] = None,
     prompt_tokens: Annotated[int, typer.Option(min=1)] = 128,
     new_tokens: Annotated[int, typer.Option(min=2, help="At most 8 steps are traced.")] = 8,
@@ -446,12 +477,13 @@ def profile(
 
 @app.command()
 def report(
-    run_folder: Annotated[Path, typer.Argument(parser=path, metavar="A", help="A run folder with results.json.")],
+    run_folder: Annotated[Path, typer.Argument(click_type=PATH, metavar="A", help="A run folder with results.json.")],
     other: Annotated[
-        Path | None, typer.Argument(parser=path, metavar="[B]", help="Another run: one page shows both side by side.")
+        Path | None,
+        typer.Argument(click_type=PATH, metavar="[B]", help="Another run: one page shows both side by side."),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(parser=path, help="That page's file; by default against-A.html in B.")
+        Path | None, typer.Option(click_type=PATH, help="That page's file; by default against-A.html in B.")
     ] = None,
 ) -> Path:
     """Draw figures and report again from results.json; or compare two runs, row by row."""
@@ -484,9 +516,11 @@ def report(
 
 @app.command()
 def export(
-    run_folder: Annotated[Path, typer.Argument(parser=path, help="The folder of a finished run.")],
-    to: Annotated[Path, typer.Option(parser=path, help="The folder to write, in Hub format.")],
-    precision: Annotated[str, typer.Option(help="fp16 or fp32: what the weights are stored in.")] = "fp16",
+    run_folder: Annotated[Path, typer.Argument(click_type=PATH, help="The folder of a finished run.")],
+    to: Annotated[Path, typer.Option(click_type=PATH, help="The folder to write, in Hub format.")],
+    precision: Annotated[
+        str, typer.Option(callback=one_of("fp16", "fp32"), help="fp16 or fp32: what the weights are stored in.")
+    ] = "fp16",
     licence: Annotated[
         str | None, typer.Option(help="The weights' licence by its Hub name, where their source does not tell.")
     ] = None,
@@ -511,7 +545,7 @@ def export(
 def prepare(
     inputs: Annotated[list[str], typer.Argument(metavar="INPUT...", help="Files, folders, hub:DATASET:SPLIT.")],
     out: Annotated[
-        Path, typer.Option(parser=path, help="The shards' folder; an interrupted preparation goes on there.")
+        Path, typer.Option(click_type=PATH, help="The shards' folder; an interrupted preparation goes on there.")
     ],
     tokenizer: Annotated[
         str, typer.Option(help="Whose tokens: embedded, a folder with tokenizer.json, or a Hub id such as gpt2.")
@@ -548,17 +582,17 @@ def prepare(
     What is held out are whole documents from all over the corpus, or, where it has too few, its end. With
     --end-of-text before the tokens are those of llm.c's own scripts; no shard but an only one is under half full.
     """
-    from pipeline import hardware
-    from pipeline.hub import resolve
-    from pipeline.prepare import prepare as work
-    from pipeline.prepare import summary
-
     if style not in ("plain", "wikitext"):
         raise UserError(f"--style {style}: give plain or wikitext")
     if end_of_text not in ("after", "before"):
         raise UserError(f"--end-of-text {end_of_text}: give after or before")
     if validation_every is not None:
         raise UserError("--validation-every: tokens are held out now; give --validation-share, such as 0.005; 0: none")
+    from pipeline import hardware
+    from pipeline.hub import resolve
+    from pipeline.prepare import prepare as work
+    from pipeline.prepare import summary
+
     manifest = work(
         inputs,
         out,
@@ -578,17 +612,17 @@ def pretrain(
     text: Annotated[
         Path | None,
         typer.Option(
-            parser=path,
+            click_type=PATH,
             help="Training text (.txt or .jsonl, also .gz, .bz2, .xz); more may follow. Or: --set shards=FOLDER",
         ),
     ] = None,
     more: Annotated[
-        list[Path] | None, typer.Argument(parser=path, metavar="[FILE]...", help="More training text.")
+        list[Path] | None, typer.Argument(click_type=PATH, metavar="[FILE]...", help="More training text.")
     ] = None,
     recipe: Annotated[str, typer.Option(help="A preset (mini, gpt2-124M, gpt2-350M) or a .yaml file.")] = "mini",
-    out: Annotated[Path, typer.Option(parser=path, help="Checkpoints, curve and model; resumes what is there.")] = Path(
-        "runs/mini"
-    ),
+    out: Annotated[
+        Path, typer.Option(click_type=PATH, help="Checkpoints, curve and model; resumes what is there.")
+    ] = Path("runs/mini"),
     set: Set = None,
     track: Track = "none",
     estimate: Annotated[
@@ -646,16 +680,16 @@ def scaling(
     text: Annotated[
         Path | None,
         typer.Option(
-            parser=path,
+            click_type=PATH,
             help="Training text (.txt or .jsonl, also .gz, .bz2, .xz); more may follow. By default the embedded text.",
         ),
     ] = None,
     more: Annotated[
-        list[Path] | None, typer.Argument(parser=path, metavar="[FILE]...", help="More training text.")
+        list[Path] | None, typer.Argument(click_type=PATH, metavar="[FILE]...", help="More training text.")
     ] = None,
     recipe: Annotated[str, typer.Option(help="A preset (scaling-mini, scaling-gpu) or a .yaml file.")] = "scaling-mini",
     out: Annotated[
-        Path, typer.Option(parser=path, help="The family's folder; what is trained there is not trained again.")
+        Path, typer.Option(click_type=PATH, help="The family's folder; what is trained there is not trained again.")
     ] = Path("runs/scaling"),
     set: Set = None,
     workers: Annotated[
@@ -753,15 +787,17 @@ def main() -> None:
         _prepare_streams()
         _check_words(sys.argv[1:])
         try:
-            app(standalone_mode=True)
+            ended = app(standalone_mode=False)
         finally:
             if sys.stdout is not None:
                 sys.stdout.flush()
-    except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else int(bool(end.code))
-        if code == 130:  # what typer makes of Ctrl-C
+        code = ended if isinstance(ended, int) else 0  # --help ends so, and Ctrl-C, of which typer makes 130
+        if code == 130:
             print(_INTERRUPTED, file=sys.stderr)
-    except KeyboardInterrupt:
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        code = error.exit_code
+    except (KeyboardInterrupt, click.Abort):
         print(_INTERRUPTED, file=sys.stderr)
         code = 130
     except BaseException as error:  # some libraries' panics are no Exceptions
@@ -799,6 +835,9 @@ def _told(error: BaseException) -> tuple[int, str]:
         return 2, f"error: {said}"
     if isinstance(error, WorkError):
         return 1, f"failed: {said}"
+    if isinstance(error, click.UsageError):
+        advice = f" (see {error.ctx.command_path} --help)" if error.ctx else ""
+        return 2, f"error: {' '.join(error.format_message().split())}{advice}"
     if isinstance(error, ModuleNotFoundError):
         return 2, f"error: {error.name} is not installed; pip install -r requirements.txt"
     if isinstance(error, OSError) and code in NO_PATH and error.filename:

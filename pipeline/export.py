@@ -58,7 +58,8 @@ def export(
     if not (run_folder / RESULTS).exists():
         raise UserError(f"{run_folder}: holds no {RESULTS}; give the folder of a finished run")
     run = RunFolder(run_folder)
-    with disk_errors(to), run.unchanging():
+    partial = to.absolute().with_name(f".{to.name}.partial") if to.name else to
+    with disk_errors(partial), run.unchanging():
         _check_place(to, run_folder, force)
         results = load_results(run_folder / RESULTS)
         if untold := [key for key in ("name", "recipe", "machine", "versions") if key not in results.run]:
@@ -66,8 +67,7 @@ def export(
         stages = _chain(run, results)
         name = next(iter(stages))
         weights = _weights(run, name, precision)
-        to.absolute().parent.mkdir(parents=True, exist_ok=True)
-        partial = to.with_name(f".{to.name}.partial")
+        partial.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(partial, ignore_errors=True)
         _copy_model(run.stage(name), weights, stages[name], partial)
         if "quantize" in stages:
@@ -153,8 +153,11 @@ def _chain(run: RunFolder, results: Results) -> dict[str, Manifest]:
     name = next((stage for stage in ("finetune", "prune") if run.stage(stage).exists()), None)
     if name is None:
         raise UserError(f"{run.path}: holds no pruned model; {_finish(run)}")
+    with_ir = run.stage("quantize").exists()
+    if untold := {name, *(["quantize"] if with_ir else [])} - {row.stage for row in results.rows}:
+        raise UserError(f"{run.path}: {RESULTS} does not tell of {' and '.join(sorted(untold))}; {_finish(run)}")
     stages = {name: run.verify(name)}
-    if run.stage("quantize").exists():
+    if with_ir:
         stages["quantize"] = run.verify("quantize")
         if stages["quantize"].inputs.get(name) != stages[name].content:
             raise UserError(f"{run.stage('quantize')}: made from another {name}; {_finish(run)}")

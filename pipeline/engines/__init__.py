@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from eval.errors import UserError
+from pipeline.options import ENGINES
 
 if TYPE_CHECKING:  # it imports torch
     from eval.engine import Engine
-
-ENGINES = ("torch", "cuda", "openvino")
 
 
 def load_engine(name: str, folder: Path, *, device: str | None = None, precision: str | None = None) -> "Engine":

@@ -242,6 +242,14 @@ def test_what_is_no_whole_run(run_copy: Path, tmp_path: Path, cli: Callable) -> 
     assert "holds no results.json; give the folder of a finished run" in said(tmp_path)
     assert "--precision int8: give fp16 or fp32" in said(run_copy, "--precision", "int8")
     assert "--push a b: no name for a repository" in said(run_copy, "--push", "a b")
+    results = run_copy / "results.json"
+    whole = results.read_text()
+    fewer = json.loads(whole)
+    fewer["rows"] = [row for row in fewer["rows"] if row["stage"] in ("load", "half", "prune")]
+    fewer["agreement"] = None
+    results.write_text(json.dumps(fewer))  # as of a later run --until prune
+    assert "results.json does not tell of finetune and quantize; run: python -m pipeline run" in said(run_copy)
+    results.write_text(whole)
     manifest = run_copy / "quantize/stage.json"
     manifest.write_text(manifest.read_text().replace('"finetune": "', '"finetune": "x'))
     assert "quantize: made from another finetune; run: python -m pipeline run --recipe" in said(run_copy)
