@@ -51,6 +51,8 @@ def _unprintable(text: str) -> bool:
 
 
 _LINES = dict.fromkeys(map(ord, "\n\r\t"))
+FEWEST_PARTS = 10
+"""Of fewer parts of a text there is no standard error."""
 _TINY, _MOST, _COUNT = 1e-12, 1e30, 2**62
 """No clock tells less, nothing measured is more, nothing counted is."""
 
@@ -70,7 +72,7 @@ class Quality(_Strict):
     stderr: float | None = None
     """Standard error of the perplexity; `None` where the text is too short for one, or the file is from before it."""
     parts: list[float] = field(default_factory=list)
-    """The mean NLL of each of the runs of tokens that `eval.statistics.part_sizes` cuts the text into."""
+    """The mean NLL of each of the runs of tokens, of like length, that the text is cut into (`eval.statistics`)."""
 
     def __post_init__(self) -> None:
         self._bounds(0, math.inf, "perplexity", "stderr")
@@ -79,8 +81,10 @@ class Quality(_Strict):
         self._bounds(0, 1, "text_share")
         if not self.perplexity:
             raise ValueError("perplexity is 0")
-        if (self.stderr is None) != (not self.parts) or not 0 <= len(self.parts) <= self.tokens:
-            raise ValueError(f"stderr and parts do not belong together: {len(self.parts)} parts")
+        if (self.stderr is None) != (not self.parts):
+            raise ValueError("stderr and parts: one is there without the other")
+        if self.parts and not FEWEST_PARTS <= len(self.parts) <= self.tokens:
+            raise ValueError(f"parts are {len(self.parts)}, not {FEWEST_PARTS} to {self.tokens}, the tokens")
 
 
 @dataclass

@@ -7,15 +7,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from eval.results import Quality, Score, Timing
+from eval.results import FEWEST_PARTS, Quality, Score, Timing
 
 RESAMPLES = 2000
 _SEED = 20240229
 _BLOCK = 2**22  # resampled values held at once: 32 MiB
 
 
-PARTS, FEWEST_PARTS, SHORTEST_PART = 40, 10, 32
-"""Into how many parts a text is cut, where it allows; how few still give an interval; how many tokens each has."""
+MOST_PARTS, LONG_PART, SHORTEST_PART = 20, 1024, 32
+"""A text is cut into the fewest parts, in tokens never shorter; into more where these are long, up to the most."""
 
 
 class Ratio(NamedTuple):
@@ -69,11 +69,16 @@ def part_sizes(tokens: int) -> np.ndarray:
     would promise too much; long runs of them depend little on each other. So the number of parts is fixed and their
     length grows with the text, which keeps the interval right for any autocorrelation that is short against a part
     (Glynn and Iglehart 1990); with 10 to 30 parts hardly anything is left to gain (Schmeiser 1982), and Student's t
-    accounts for their number. Parts are the same for every model that scores the same tokens, so they make pairs.
+    accounts for their number. The subject of an article lasts for thousands of tokens, so that long parts come before
+    many. Parts are the same for every model that scores the same tokens, so they make pairs.
     """
-    count = min(PARTS, tokens // SHORTEST_PART)
-    if count < FEWEST_PARTS:
+    if tokens < FEWEST_PARTS * SHORTEST_PART:
         return np.zeros(0, dtype=np.int64)
+    return _cut(tokens, min(MOST_PARTS, max(FEWEST_PARTS, tokens // LONG_PART)))
+
+
+def _cut(tokens: int, count: int) -> np.ndarray:
+    """The sizes of `count` parts."""
     return np.diff(np.arange(count + 1) * tokens // count)
 
 
@@ -84,13 +89,14 @@ def part_means(values: np.ndarray) -> np.ndarray:
 
 
 def standard_error(parts: Sequence[float] | np.ndarray, tokens: int) -> float | None:
-    """The standard error of the mean over `tokens` tokens whose parts have these means; `None` without parts.
+    """The standard error of the mean over `tokens` tokens whose parts have these means; `None` for too few.
 
     That of a ratio estimator (sum over count), as parts may differ in size by one token.
     """
-    means, sizes = np.asarray(parts, dtype=np.float64), part_sizes(tokens)
-    if not means.size or means.shape != sizes.shape:
+    means = np.asarray(parts, dtype=np.float64)
+    if len(means) < FEWEST_PARTS:
         return None
+    sizes = _cut(tokens, len(means))
     off = sizes * (means - np.average(means, weights=sizes))
     return float(math.sqrt(len(means) / (len(means) - 1) * (off @ off)) / tokens)
 

@@ -16,10 +16,12 @@ from pipeline.artifacts import Manifest, RunFolder, disk_errors, replace_folder,
 from pipeline.choices import differences, kept_recipe
 from pipeline.recipe import Recipe
 from pipeline.runner import RECIPE, RESULTS
+from pipeline.stages import BY_NAME
 from pipeline.stale import stale_caveat
 
 MARK = "headroom.json"
 """What tells an export from any other folder: the run, its stages and the sha256 of each file."""
+_OF_A_RUN = (*BY_NAME, "measurements", "plots", "tracking", "traces")
 _LONGEST = 240
 """Bytes of the folder's name, so that the one it is written in beside can have its own."""
 _CODE = Path(__file__).parent / "model"
@@ -121,8 +123,10 @@ def _check_place(to: Path, run: Path, force: bool) -> None:
     here, place, inside = (Path(os.path.realpath(path)) for path in (".", to, run))
     if not to.name or to.name == ".." or here.is_relative_to(place):
         raise UserError(f"--to {to}: is the folder you are in, or above it; give a folder to be made, such as exported")
-    if place.is_relative_to(inside) or inside.is_relative_to(place):
-        raise UserError(f"--to {to}: in the run's folder, or around it; give one outside")
+    if inside.is_relative_to(place):
+        raise UserError(f"--to {to}: is the run's folder, or around it; give one of its own")
+    if place.is_relative_to(inside) and place.relative_to(inside).parts[0] in _OF_A_RUN:
+        raise UserError(f"--to {to}: among what the run itself keeps; give one of its own, such as {run / 'export'}")
     if len(os.fsencode(to.name)) > _LONGEST:
         raise UserError(f"--to {shown(str(to))}: the name is too long; give one of at most {_LONGEST} bytes")
     if to.exists() or to.is_symlink():

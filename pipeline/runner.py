@@ -246,7 +246,7 @@ class Runner:
         changes = []
         if kept_recipe(self.run.path / RECIPE) != self.recipe:
             defaults = Recipe().model_dump(mode="json")
-            changes = differences(results.run.get("recipe"), self.recipe.model_dump(mode="json"), defaults)
+            changes = differences(results.run.get("recipe", {}), self.recipe.model_dump(mode="json"), defaults)
         evaluation = self._digest(self.recipe.data.evaluation)
         if not changes and any(row.quality and row.quality.text_sha256 != evaluation for row in results.rows):
             changes = [f"{self.recipe.data.evaluation} was another text"]

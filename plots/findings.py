@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple
 
 from eval.results import Heads, Results, Row
 from eval.statistics import Ratio, part_sizes
-from plots.numbers import change, millions, perplexity, share, significant, times
+from plots.numbers import change, millions, perplexity, share, significant, span, times
 from plots.pairs import (
     Pair,
     base_name,
@@ -198,8 +198,8 @@ def _verdict(good: bool, bad: bool) -> Literal["helped", "did not help", "cannot
     return "helped" if good else "did not help" if bad else "cannot be told whether it helped"
 
 
-def _interval(found: Ratio, digits: int = 4) -> str:
-    return f"{found.low:.{digits}f} to {found.high:.{digits}f}"
+def _interval(found: Ratio, digits: int = 4, bound: float = 1.0) -> str:
+    return span(found.low, found.high, digits, bound)
 
 
 def _also(found: Pair) -> str:
@@ -243,7 +243,7 @@ def _aims(results: Results) -> list[str]:
         between = pair.perplexity if pair else None
         if pair is None or (between and between.high <= aim):
             continue
-        interval = _interval(between) if between else "no interval"
+        interval = _interval(between, bound=aim) if between else "no interval"
         says = f"{what} is {pair.change:.4f} × {whose} ({interval})"
         if between and between.low > aim:
             found.append(f"An aim was missed: {says}, above {aim}.")
@@ -389,7 +389,8 @@ def protocol(results: Results) -> list[str]:
                 f"Intervals of perplexities: the text is cut into {len(row.quality.parts)} parts of "
                 f"{count(row.quality.tokens // len(row.quality.parts), 'token')} or one more, whose mean NLLs give the "
                 "standard error (batch means, Student's t); two rows are compared part by part, so a difference "
-                "between rows is surer than their own intervals tell."
+                "between rows is surer than their own intervals tell. They are of text like this: on other subjects "
+                "rows may differ by more."
             )
     for row in results.rows:
         if lat := row.latency:

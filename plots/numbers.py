@@ -1,6 +1,7 @@
 """Numbers as readers want them: no false digits, no exponents, a dash for what is not there."""
 
 NONE = "–"
+_MOST_DIGITS = 9
 
 
 def significant(value: float, digits: int = 3) -> str:
@@ -47,6 +48,14 @@ def share(value: float) -> str:
 def times(ratio: float) -> str:
     """`1.92 ×`."""
     return f"{ratio:,.2f} ×"
+
+
+def span(low: float, high: float, digits: int = 4, bound: float = 1.0) -> str:
+    """An interval, `0.9941 to 0.9998`: with more digits where an end would else read as the `bound` that it is not."""
+    ends = [end for end in (low, high) if end != bound]
+    while digits < _MOST_DIGITS and any(f"{end:.{digits}f}" == f"{bound:.{digits}f}" for end in ends):
+        digits += 1
+    return f"{low:,.{digits}f} to {high:,.{digits}f}"
 
 
 def tiny(value: float) -> str:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from eval.results import Results, Row
 from plots import style
 from plots import table as cells
-from plots.numbers import megabytes, millions
+from plots.numbers import megabytes, millions, span
 from plots.pairs import Pair, finetuned_pair, int8_row
 from plots.rows import kind, label
 
@@ -92,7 +92,7 @@ def _undecided(pair: Pair) -> bool:
 def _ratio(pair: Pair) -> str:
     """`1.021 × (1.015 to 1.027)`."""
     between = pair.perplexity
-    return f"{pair.change:.3f} × ({f'{between.low:.3f} to {between.high:.3f}' if between else 'no interval'})"
+    return f"{pair.change:.3f} × ({span(between.low, between.high, 3, AIM) if between else 'no interval'})"
 
 
 def draw(points: Sequence[tuple[Choices, Results]]) -> "Figure | None":

@@ -11,7 +11,7 @@ from plots.numbers import NONE, megabytes, millions, milliseconds, perplexity, t
 
 COLUMNS = ("row", "params", "size MB", "perplexity", "prefill ms", "decode ms/token", "speed-up", "peak RSS MB")
 MARKS = {"chain": "", "baseline": "b", "control": "c"}
-_WIDTH = 120
+_WIDTH, _REASON = 120, 30
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def legend(results: Results) -> list[str]:
 
 
 def text_table(results: Results) -> str:
-    """An aligned table of at most about 120 columns; a row that was not measured shows its reason."""
+    """An aligned table of about 120 columns, more for long names; a row that was not measured shows its reason."""
     table = lines(results)
     names = [" ".join(filter(None, (line.cells[0], MARKS.get(line.row.role, "")))) for line in table]
     cells = [(name, *line.cells[1:]) for name, line in zip(names, table, strict=True)]
@@ -83,8 +83,8 @@ def text_table(results: Results) -> str:
             out.append(aligned(texts, widths))
         else:
             start = aligned(texts[:3], widths)
-            reason = " ".join(line.row.skipped.split())
-            out.append(f"{start}  {textwrap.shorten(reason, _WIDTH - len(start) - 2, placeholder=' …')}")
+            room = max(_WIDTH - len(start) - 2, _REASON)  # names may take more than the whole width
+            out.append(f"{start}  {textwrap.shorten(line.row.skipped, room, placeholder=' …')}")
     return "\n".join((*out, "", *legend(results)))
 
 

@@ -73,7 +73,10 @@ def front(results: Results) -> list[str]:
         best = unbeaten(rows)
         names = [name for name, row in zip(labels(rows), rows, strict=True) if row in best]
         if not names:
-            found.append(f"On the {kind}, which rows no other beats cannot be told: not all pairs have intervals.")
+            found.append(
+                f"On the {kind}, which rows no other beats cannot be told: not all were scored and timed alike, with "
+                "intervals."
+            )
             continue
         several = f"{', '.join(names[:-1])} or " if len(names) > 1 else ""
         found.append(f"On the {kind}, no row measurably beats {several}{names[-1]} without losing in the other way.")

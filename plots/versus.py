@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from eval.results import Quality, Results, Row, Timing
 from eval.statistics import Ratio, perplexity_ratio, ratio
 from plots import style
-from plots.numbers import NONE, megabytes, milliseconds, perplexity, significant
+from plots.numbers import NONE, megabytes, milliseconds, perplexity, significant, span
 from plots.pairs import paired
 from plots.rows import by_kind, count, label, labels, same_text
 from plots.table import aligned
@@ -68,7 +68,7 @@ def _bytes(value: float) -> str:
 
 def _text(a: Row, b: Row) -> str:
     same = a.quality is None or b.quality is None or same_text(a.quality, b.quality)
-    return "" if same else "another text, share of it, context or stride"
+    return "" if same else "another text, share of it, tokenizer, context or stride"
 
 
 def _load(a: Row, b: Row) -> str:
@@ -122,10 +122,10 @@ def _line(measure: _Measure, a: Row | None, b: Row | None, apart: str) -> Line |
     value = _middle(theirs) / _middle(ours)
     found = _with_interval(theirs, ours)
     if found is not None:
-        between = f"{_ratio(found.low)} to {_ratio(found.high)}"
+        between = span(found.low, found.high, 3)
         verdict = measure.less if found.lower else measure.more if found.higher else "not measurably different"
     elif isinstance(ours, Quality):
-        found, between, verdict = Ratio(value, value, value), "", "cannot be told: no interval"
+        found, between, verdict = Ratio(value, value, value), "", "not judged (no interval)"
     else:
         found, between = Ratio(value, value, value), ""
         verdict = "alike" if _ratio(value) == "1.000" else measure.less if value < 1 else measure.more

@@ -24,14 +24,14 @@ def quality(losses: np.ndarray) -> Quality:
     return Quality(value, nll, len(losses), 64, 64, "", 1.0, None if error is None else value * error, parts.tolist())
 
 
-@pytest.mark.parametrize("tokens", [1, 319, 320, 351, 1279, 1280, 1281, 49_157, 10**12 + 1])
+@pytest.mark.parametrize("tokens", [1, 319, 320, 351, 11_263, 20_480, 49_157, 10**12 + 1])
 def test_parts_hold_all_tokens_in_like_numbers(tokens):
     sizes = part_sizes(tokens)
     if tokens < 320:
         assert len(sizes) == 0
         return
     assert sizes.sum() == tokens and sizes.max() - sizes.min() <= 1 and sizes.min() >= 32
-    assert len(sizes) == min(40, tokens // 32)
+    assert len(sizes) == (10 if tokens < 11 * 1024 else 20)
 
 
 def test_parts_are_means_of_neighbours():
@@ -49,7 +49,7 @@ def test_the_error_of_independent_tokens_is_the_usual_one():
     sizes, means = part_sizes(1_283), part_means(values[:1_283])  # a ratio of sums, by hand
     scale = 1_283 / len(sizes)
     off = sizes * means - values[:1_283].mean() * sizes
-    assert standard_error(means, 1_283) == pytest.approx((off**2).sum() ** 0.5 / len(sizes) / scale * (40 / 39) ** 0.5)
+    assert standard_error(means, 1_283) == pytest.approx((off**2).sum() ** 0.5 / len(sizes) / scale * (10 / 9) ** 0.5)
 
 
 def correlated(trials: int, tokens: int, rho: float, seed: int = 2) -> np.ndarray:
@@ -84,8 +84,8 @@ def test_pairs_cover_too_and_see_what_single_rows_cannot():
 def test_a_ratio_by_hand():
     a, b = correlated(2, 1_280, 0.5)
     found = perplexity_ratio(quality(a), quality(b))
-    differences = (a - b).reshape(40, 32).mean(1)
-    reach = t.ppf(0.975, 39) * differences.std(ddof=1) / 40**0.5
+    differences = (a - b).reshape(10, 128).mean(1)
+    reach = t.ppf(0.975, 9) * differences.std(ddof=1) / 10**0.5
     ends = [math.exp(differences.mean() + sign * reach) for sign in (0, -1, 1)]
     assert found == pytest.approx(ends, rel=1e-12)
     assert (found.lower, found.higher) == (ends[2] < 1, ends[1] > 1)

@@ -180,7 +180,7 @@ def test_only_an_export_is_replaced(shared: Path, run_copy: Path, tmp_path: Path
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run"]
 
 
-@pytest.mark.parametrize("name", [".", "..", "", "file/x", "run/export", "run", "link", "x" * 250])
+@pytest.mark.parametrize("name", [".", "..", "", "file/x", "run/prune/export", "run", "link", "x" * 250])
 def test_places_that_no_export_can_take(name: str, run_copy: Path, tmp_path: Path, cli: Callable, monkeypatch) -> None:
     (tmp_path / "file").write_text("precious")
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")

@@ -267,7 +267,7 @@ def test_the_front_in_words():
     results = sample.full()
     results.rows[-1].quality = dataclasses.replace(results.rows[-1].quality, stderr=None, parts=[])
     assert tradeoff.front(results) == [
-        "On the CPU, which rows no other beats cannot be told: not all pairs have intervals."
+        "On the CPU, which rows no other beats cannot be told: not all were scored and timed alike, with intervals."
     ]
     assert tradeoff.front(sample.single()) == [
         "On the CPU, no row measurably beats load · torch · fp32 without losing in the other way."

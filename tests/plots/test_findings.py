@@ -7,6 +7,7 @@ import sample_results as sample
 
 from eval.statistics import Ratio
 from plots import agreement, findings, pairs, quantization
+from plots.numbers import span
 
 
 def row_of(results, key):
@@ -103,6 +104,22 @@ def test_fine_tuning_that_cannot_be_told_is_not_called_a_help():
     cannot = text.partition("Cannot be told whether it helped: ")[2].partition(". Not")[0]
     assert "fine-tuning (perplexity 0.9999 ×, 0.9987 to 1.0010)" in cannot
     assert "fine-tuning" not in text.partition("Cannot")[0]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "digits", "bound", "said"),
+    [
+        (0.9941, 0.99982, 4, 1.0, "0.9941 to 0.9998"),
+        (0.9941, 0.99998, 4, 1.0, "0.99410 to 0.99998"),
+        (1.0000002, 1.0021, 3, 1.0, "1.0000002 to 1.0021000"),
+        (1.0, 1.0, 3, 1.0, "1.000 to 1.000"),
+        (0.997, 1.0, 3, 1.0, "0.997 to 1.000"),
+        (1.0411, 1.05004, 3, 1.05, "1.04110 to 1.05004"),
+        (1 - 1e-15, 1.2, 3, 1.0, "1.000000000 to 1.200000000"),
+    ],
+)
+def test_an_interval_does_not_read_as_touching_what_it_does_not(low, high, digits, bound, said):
+    assert span(low, high, digits, bound) == said
 
 
 def test_without_intervals_nothing_is_claimed():

@@ -57,6 +57,8 @@ def test_skipped_rows_show_their_reason_on_one_line():
     assert "load · torch · cuda:0 · fp32" in text and "no device, and so on" in text
     assert text.count(sample.NO_GPU) == 3
     assert max(map(len, text.splitlines())) <= 120
+    results.rows[6].device = "d" * 180  # wider than the table by itself
+    assert "so on" in text_table(results)
 
 
 def test_speedup_stays_on_one_device_and_one_load():

@@ -64,7 +64,9 @@ def test_perplexities_are_judged_part_by_part(runs):
     assert (line.ratio, line.verdict) == ("1.000", "not measurably different") and line.value.low < 1 < line.value.high
     row_of(b, INT8).quality = dataclasses.replace(sample.quality(63.0), stderr=None, parts=[])
     line = line_of(versus.compare(a, b), "Perplexity", INT8)
-    assert (line.ratio, line.interval, line.verdict) == ("1.050", "", "cannot be told: no interval")
+    assert (line.ratio, line.interval, line.verdict) == ("1.050", "", "not judged (no interval)")
+    said = " ".join(versus.compare(a, b).summary)
+    assert "B is not judged (no interval) in 1, not measurably different in 9." in said
 
 
 def test_rows_computed_otherwise_are_said(runs):
