@@ -10,7 +10,6 @@ import argparse
 import json
 import math
 import shlex
-import shutil
 import sys
 import tempfile
 import time
@@ -30,10 +29,10 @@ from pipeline import hardware
 from pipeline.artifacts import git_commit, versions
 from pipeline.data import encode, sha256_text
 from pipeline.engines.torch import TorchEngine
-from pipeline.pretrain import pretrain
+from pipeline.prepare import prepare
+from pipeline.pretrain import pretrain, train_tokenizer
 from pipeline.recipe import Pretrain, parse_recipe
 from pipeline.texts import load_text
-from pipeline.tokenizer import load_tokenizer
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "GPT-2": {},
@@ -50,17 +49,13 @@ _HALF = 2
 _NEW_TOKENS = 32
 
 
-def train(fields: Mapping[str, Any], steps: int, text: Path, out: Path, shared: Path | None) -> tuple[Path, float]:
-    """The model folder and the tokens a second of its training, whose tokens and tokenizer are those of `shared`."""
-    if shared is not None:
-        out.mkdir()
-        shutil.copytree(shared / "tokenizer", out / "tokenizer")
-        shutil.copy(shared / "tokens.npy", out)
+def train(fields: Mapping[str, Any], steps: int, shards: Path, out: Path) -> tuple[Path, float]:
+    """The model folder and the tokens a second of its training on `shards`."""
     phases = {"steps": steps, "warmup_steps": steps // 10, "decay_steps": steps // 3}
     budget = {"batch_size": 8, "save_steps": steps, "eval_steps": steps, "eval_blocks": 8}
-    recipe = parse_recipe(Pretrain, {"model": {**SHAPE, **fields}} | phases | budget)
+    recipe = parse_recipe(Pretrain, {"model": {**SHAPE, **fields}, "shards": str(shards)} | phases | budget)
     began = time.perf_counter()
-    folder = pretrain(recipe, [text], out, load_text("embedded:valid"))
+    folder = pretrain(recipe, [], out, load_text("embedded:valid"))
     return folder, steps * recipe.batch_size * SHAPE["n_positions"] / (time.perf_counter() - began)
 
 
@@ -90,15 +85,16 @@ def run(choices: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     """Train, judge and time all variants."""
     text, judged = scratch / "train.txt", load_text("embedded:test")
     text.write_text(load_text("embedded:train"), encoding="utf-8")
-    shared = scratch / "shared"
-    folder, _ = train({}, 1, text, shared, None)
-    ids = encode(judged, load_tokenizer(folder))
+    shards = scratch / "shards"
+    tokenizer = train_tokenizer(parse_recipe(Pretrain, {"model": SHAPE}), [text], scratch)
+    prepare([str(text)], shards, scratch / "tokenizer", workers=1, shard_tokens=10**9, validation_share=0)
+    ids = encode(judged, tokenizer)
     ids = ids[: int(choices.text_share * len(ids))]
     rows: dict[str, dict[str, Any]] = {}
     engines: dict[str, TorchEngine] = {}
     for number, (name, fields) in enumerate(VARIANTS.items()):
         print(f"variants: {name}", file=sys.stderr)
-        folder, speed = train(fields, choices.steps, text, scratch / str(number), shared)
+        folder, speed = train(fields, choices.steps, shards, scratch / str(number))
         engine = engines[name] = TorchEngine.from_folder(folder)
         quality = perplexity(
             engine,

@@ -1,22 +1,27 @@
 """A GPT-2 folder: its safetensors held against its config.json by their headers, before anything is built or read."""
 
+from __future__ import annotations
+
 import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
 from safetensors import safe_open
 
 from cuda_ext.configuration import named, read_config, read_json, shown
 from cuda_ext.errors import CheckpointError
 
+# torch takes seconds to be imported: what is wrong with a folder is told without it.
+if TYPE_CHECKING:
+    import torch
+
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _PICKLES = ("pytorch_model.bin", "model.pt", "model.pth", "pytorch_model.bin.index.json")
-_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 _HEAD, _TABLE = "lm_head.weight", "wte.weight"
 
 
@@ -53,23 +58,24 @@ class Checkpoint:
     @property
     def dtype(self) -> torch.dtype:
         """What the tensors are stored as; FP32 where they are of several types or of FP64."""
+        import torch
+
         kinds = {_DTYPES[stored.dtype] for stored in self.stored.values()}
-        return kinds.pop() if len(kinds) == 1 and torch.float64 not in kinds else torch.float32
+        dtype: torch.dtype = getattr(torch, kinds.pop() if len(kinds) == 1 else "float32")
+        return torch.float32 if dtype is torch.float64 else dtype
 
     def tensors(self, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
         """Each tensor's name, without `transformer.`, and its values in memory of its own, linear weights [out, in].
 
         Raises CheckpointError for NaN, infinity and a value beyond `dtype`.
         """
+        import torch
+
         with contextlib.ExitStack() as stack:
             files = {file: stack.enter_context(_opened(file)) for file in {each.file for each in self.stored.values()}}
             for name, wanted in expected(self.fields):
                 stored = self.stored[name]
-                values = files[stored.file].get_tensor(stored.name)
-                if not torch.isfinite(values).all():
-                    raise CheckpointError(
-                        f"{self.folder}: {named(stored.name)} holds NaN or infinity; give an undamaged checkpoint"
-                    )
+                values = _values(self.folder, files[stored.file], stored)
                 turned = values.T if wanted.turned and self.fields["model_type"] == "gpt2" else values
                 result = torch.empty(wanted.shape, dtype=dtype).copy_(turned)
                 if not torch.isfinite(result).all():
@@ -151,17 +157,26 @@ def _fitting(folder: Path, fields: dict[str, Any], name: str, wanted: Wanted, st
     """The stored tensor of that name, taken out of `stored`. Raises CheckpointError if there is none that fits."""
     found = stored.pop(name, None)
     if found is None:
-        odd = next((each.name for each in stored.values() if each.name.endswith(name)), None)
+        odd = next((each.name for each in stored.values() if each.name.endswith(name)), "")
+        surplus = odd.removesuffix(name).removesuffix("transformer.")
         raise CheckpointError(
             f"{folder}: transformer.{name} is missing, which config.json asks for (n_layer is {fields['n_layer']})"
-            + (f"; there is {named(odd)}" if odd else "")
+            + (f"; there is {named(odd)}: take {named(surplus)} off the names" if surplus else "")
         )
     stock = fields["model_type"] == "gpt2"
     shape = wanted.shape[::-1] if wanted.turned and stock else wanted.shape
-    cut = stock and ".attn.c_" in name and len(found.shape) == len(shape) and found.shape < shape
-    _refuse_shape(folder, found, shape, "; were its heads pruned, give the unpruned checkpoint" if cut else "")
+    _refuse_shape(folder, found, shape, _advice(name, found.shape, shape) if stock else "")
     _refuse_dtype(folder, found)
     return found
+
+
+def _advice(name: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> str:
+    """What other programs do to a GPT-2 that gives its matrices such a shape."""
+    if found == wanted[::-1]:
+        return "; GPT-2 keeps linear weights as [in, out]: turn them (nanoGPT's are [out, in])"
+    if ".attn.c_" in name and len(found) == len(wanted) and found < wanted:
+        return "; were its heads pruned, give the unpruned checkpoint"
+    return ""
 
 
 def _refuse_shape(folder: Path, stored: Stored, shape: tuple[int, ...], advice: str = "") -> None:
@@ -178,8 +193,17 @@ def _refuse_dtype(folder: Path, stored: Stored) -> None:
         )
 
 
+def _values(folder: Path, file: Any, stored: Stored) -> torch.Tensor:
+    values: torch.Tensor = file.get_tensor(stored.name)
+    if not values.isfinite().all():
+        raise CheckpointError(f"{folder}: {named(stored.name)} holds NaN or infinity; give an undamaged checkpoint")
+    return values
+
+
 def _refuse_untied(folder: Path, *stored: Stored) -> None:
-    table, head = (_opened(each.file).get_tensor(each.name) for each in stored)
+    import torch
+
+    table, head = (_values(folder, _opened(each.file), each) for each in stored)
     common = torch.promote_types(table.dtype, head.dtype)
     if not torch.equal(table.to(common), head.to(common)):
         raise CheckpointError(
@@ -189,12 +213,12 @@ def _refuse_untied(folder: Path, *stored: Stored) -> None:
 
 
 def _is_mask(fields: dict[str, Any], name: str, stored: Stored) -> bool:
-    """Whether it is a constant of the causal mask, which old files hold as well."""
+    """Whether it is a constant of the causal mask, which old files hold as well, `n_ctx` wide."""
     layer, _, part = name.removeprefix("h.").partition(".")
     if fields["model_type"] != "gpt2" or not layer.isdecimal() or int(layer) >= fields["n_layer"]:
         return False
-    square = (1, 1, fields["n_positions"], fields["n_positions"])
-    return (part == "attn.bias" and stored.shape == square) or (part == "attn.masked_bias" and stored.shape == ())
+    square = len(stored.shape) == 4 and stored.shape == (1, 1, stored.shape[3], stored.shape[3])
+    return (part == "attn.bias" and square) or (part == "attn.masked_bias" and stored.shape in ((), (1,)))
 
 
 def _headers(folder: Path) -> dict[str, Stored]:
@@ -202,7 +226,7 @@ def _headers(folder: Path) -> dict[str, Stored]:
     listed = None if (folder / _SINGLE).exists() else _index(folder)
     found: dict[str, Stored] = {}
     for file in [_SINGLE] if listed is None else sorted(set(listed.values())):
-        with _opened(folder / file) as opened:
+        with _opened(folder / file, "numpy") as opened:
             for name in opened.keys():  # noqa: SIM118 - not a dict
                 part = opened.get_slice(name)
                 stored = Stored(folder / file, name, tuple(part.get_shape()), str(part.get_dtype()))
@@ -248,15 +272,15 @@ def _index(folder: Path) -> dict[str, str]:
     return files
 
 
-def _opened(path: Path) -> Any:
-    """A safetensors file whose header is whole. Raises CheckpointError."""
+def _opened(path: Path, framework: str = "pt") -> Any:
+    """A safetensors file whose header is whole; by `numpy` it is not to be read on. Raises CheckpointError."""
     if not path.is_file():
         raise CheckpointError(f"{path}: is not there, or is no file; copy the checkpoint again")
     with path.open("rb") as file:
         if file.read(23) == b"version https://git-lfs":
             raise CheckpointError(f"{path}: is a Git LFS pointer to the weights; run git lfs pull there")
     try:
-        return safe_open(path, framework="pt")
+        return safe_open(path, framework=framework)
     except Exception as error:  # whatever a damaged header leads it to
         said = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"{path}: damaged or incomplete ({said}); copy it again") from error

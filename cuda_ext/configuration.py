@@ -7,8 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
 from cuda_ext.errors import CheckpointError
 
 KINDS = ("gpt2", "compact_gpt2")
@@ -50,15 +48,17 @@ def _is_id(value: Any) -> bool:
     return _is_int(value) and -(2**31) <= value < 2**31
 
 
-def _is_float_type(value: Any) -> bool:
-    found = getattr(torch, value, None) if isinstance(value, str) else None
-    return isinstance(found, torch.dtype) and found.is_floating_point
-
-
 _FLAG = _Field(lambda value: type(value) is bool, "true or false")
 _DROPOUT = _number(lambda value: 0 <= value <= 1, "a number from 0 to 1", 0.1)
 _TOKEN = _or_null(_Field(_is_id, "a token id", 50256))
-_DTYPE = _or_null(_Field(_is_float_type, "a floating-point type of torch's, as float32"))
+_TYPES = ("auto", "float", "float16", "float32", "float64", "half", "double", "bfloat16")
+_DTYPE = _or_null(
+    _Field(
+        lambda value: isinstance(value, str) and value.removeprefix("torch.") in _TYPES,
+        "a floating-point type of torch's, as float32",
+    )
+)
+_KIND = _Field(lambda value: value in KINDS, "gpt2 or compact_gpt2")
 
 # The defaults are transformers'.
 _FIELDS = {
@@ -119,9 +119,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / "config.json"
     config = read_json(path)
-    kind = config.get("model_type")
-    if kind not in KINDS:
-        raise CheckpointError(f"{path}: model_type is {shown(kind)}; gpt2 or compact_gpt2 is needed")
+    kind = _checked(path, config, "model_type", _KIND)
     _refuse_other_functions(path, config)
     known = _FIELDS if kind == "gpt2" else _COMPACT_FIELDS
     for alias, name in _ALIASES.items():
@@ -165,7 +163,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def named(name: str) -> str:
     """A name out of a file, as it is where it is harmless."""
-    return name if name.isprintable() and len(name) <= 100 else shown(name)
+    return name if name.isprintable() and 0 < len(name) <= 100 else shown(name)
 
 
 def shown(value: Any) -> str:

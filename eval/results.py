@@ -411,7 +411,9 @@ def load_results(path: Path) -> Results:
         text = path.read_text(encoding="utf-8")
         raw = json.loads(text)
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; run the pipeline first") from error
+        missing = isinstance(error, FileNotFoundError)
+        advice = "run the pipeline first" if missing else "give the folder of a run that you may read"
+        raise UserError(f"{path}: {error.strerror}; {advice}") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: damaged JSON ({error}); run the pipeline again") from error
     schema = raw.get("schema") if isinstance(raw, dict) else None

@@ -34,10 +34,11 @@ def load_documents(task: str, folder: Path | None = None) -> Documents:
 
 
 def _hellaswag(raw: dict[str, Any]) -> dict[str, Any]:
-    row = {"query": raw["ctx"], "choices": list(raw["endings"]), "gold": int(raw["label"])}
-    if len(row["choices"]) != 4 or not 0 <= row["gold"] < 4 or not all(map(_is_text, (row["query"], *row["choices"]))):
+    query, endings, label = raw["ctx"], raw["endings"], int(str(raw["label"]))  # 1.7 and true are none
+    whole = isinstance(endings, list) and len(endings) == 4 and label in range(4)
+    if not whole or not all(map(_is_text, (query, *endings))):
         raise ValueError("4 endings and a label from 0 to 3 after a context are needed")
-    return row
+    return {"query": query, "choices": endings, "gold": label}
 
 
 def _is_text(value: Any) -> bool:
@@ -46,7 +47,8 @@ def _is_text(value: Any) -> bool:
 
 
 def _lambada(raw: dict[str, Any]) -> dict[str, Any]:
-    query, _, word = raw["text"].rpartition(" ")
+    text = raw["text"]
+    query, _, word = text.rpartition(" ") if isinstance(text, str) else ("", "", "")
     if not _is_text(query) or not _is_text(word):
         raise ValueError("a passage of two words or more is needed")
     return {"query": query, "choices": [word], "gold": 0}
@@ -81,7 +83,7 @@ def _from_folder(task: str, folder: Path) -> list[dict[str, Any]]:
         packed = path.read_bytes()
         text = (bz2.decompress(packed) if path.suffix == ".bz2" else packed).decode("utf-8-sig")
         lines = text.replace("\r\n", "\n").rstrip().split("\n")
-        for raw in map(json.loads, lines) if path.suffix == ".jsonl" else _six_lines(lines):
+        for raw in map(json.loads, filter(str.strip, lines)) if path.suffix == ".jsonl" else _six_lines(lines):
             rows.append(_TASKS[task].row(raw))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}; give a readable file") from error

@@ -165,7 +165,7 @@ def _read_responses(path: Path) -> Iterator[tuple[str, tuple[float, bool]]]:
     if text and not text.endswith("\n"):
         with path.open("a", encoding="utf-8") as file:
             file.write("\n")
-    for line in text.splitlines():
+    for line in text.split("\n"):
         try:
             key, score, greedy = json.loads(line)
             yield str(key), (float(score), bool(greedy))

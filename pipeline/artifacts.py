@@ -222,7 +222,7 @@ class RunFolder:
                 raise TypeError("files and details are mappings")
             return manifest
         except (OSError, ValueError, TypeError) as error:
-            raise UserError(f"{path}: missing or damaged; make the stage again with --force {name}") from error
+            raise UserError(f"{path}: missing or damaged; {self._again(name)}") from error
 
     def verify(self, name: str) -> Manifest:
         """The manifest of a stage whose files all have the sha256 it names.
@@ -236,8 +236,11 @@ class RunFolder:
         for file, digest in manifest.files.items():
             if found.get(file) != digest:
                 state = "missing" if file not in found else "not what its manifest says"
-                raise UserError(f"{self.stage(name) / file}: {state}; make the stage again with --force {name}")
+                raise UserError(f"{self.stage(name) / file}: {state}; {self._again(name)}")
         return manifest
+
+    def _again(self, name: str) -> str:
+        return f"make the stage again: python -m pipeline run --out {self.path} --force {name}"
 
     def replaceable(self, name: str) -> None:
         """Raise `UserError` if what stands in a stage's place is more than that stage: it would be deleted."""

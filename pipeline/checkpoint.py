@@ -1,5 +1,6 @@
 """Model folders in Hub format: what may be loaded, and one clear line for what may not."""
 
+import textwrap
 from pathlib import Path
 
 import torch
@@ -39,14 +40,8 @@ def load_model(folder: Path, dtype: torch.dtype | str = torch.float32) -> Compac
     return model.eval()
 
 
-def check_folder(folder: Path) -> None:
-    """Whether `load_model` will take it and `save_model` write it again, but for the values of the weights, which are
-    not read: in a moment. Raises `UserError` as `load_model` does.
-    """
-    try:
-        _read(folder)
-    except CheckpointError as error:
-        raise UserError(str(error)) from error
+def check_generation(folder: Path) -> None:
+    """Raise `UserError` where `save_model` could not write again what a folder says of generation."""
     if (folder / "generation_config.json").exists():
         _generation_config(folder / "generation_config.json", strict=True)
 
@@ -81,8 +76,7 @@ def _generation_config(path: Path, *, strict: bool = False) -> GenerationConfig:
     except CheckpointError as error:
         raise UserError(str(error)) from error
     except Exception as error:  # transformers' own checks raise many types
-        said = " ".join(str(error).split())
-        raise UserError(f"{path}: {said[:200]}; mend it, or delete it") from error
+        raise UserError(f"{path}: {textwrap.shorten(str(error), 300)}; mend it, or delete it") from error
 
 
 def save_model(model: CompactGPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

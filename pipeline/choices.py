@@ -1,5 +1,6 @@
 """Whether two recipes are one, and how they differ: what keeps a finished folder from other choices."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -52,4 +53,4 @@ def listed(changes: Sequence[str]) -> str:
 
 
 def _value(value: Any) -> str:
-    return shown("null" if value is None else str(value), _VALUE)
+    return shown(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False), _VALUE)

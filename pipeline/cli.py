@@ -11,10 +11,12 @@ import traceback
 from pathlib import Path
 from typing import Annotated, Any
 
+import click
 import typer
 
 from eval.errors import UserError, WorkError, reason, shown
 from pipeline.artifacts import NO_PATH
+from pipeline.options import ENGINES, MEASURE, PRECISIONS, STAGES, PathWord, matching, one_of
 
 app = typer.Typer(
     help=(
@@ -33,7 +35,12 @@ app = typer.Typer(
 data = typer.Typer(no_args_is_help=True, help="Make training data: see data prepare --help.")
 app.add_typer(data, name="data")
 
-Out = Annotated[Path, typer.Option(help="The run folder; stages that are up to date there are skipped.")]
+PATH = PathWord()
+_TASKS = matching(r"(hellaswag|lambada)(,(hellaswag|lambada))*", "give hellaswag, lambada or hellaswag,lambada")
+_DEVICE = matching(r"cpu|cuda(:\d+)?", "give cpu, cuda or cuda:N")
+Out = Annotated[
+    Path, typer.Option(click_type=PATH, help="The run folder; stages that are up to date there are skipped.")
+]
 RecipeName = Annotated[str | None, typer.Option("--recipe", help="A preset (demo, gpt2) or a .yaml file.")]
 Set = Annotated[
     list[str] | None,
@@ -42,11 +49,18 @@ Set = Annotated[
 Model = Annotated[
     str, typer.Argument(help="A model folder (safetensors in Hub format, or an OpenVINO IR), a Hub id, or embedded.")
 ]
-ModelDir = Annotated[Path, typer.Argument(help="A model folder: safetensors in Hub format, or an OpenVINO IR.")]
+ModelDir = Annotated[
+    Path, typer.Argument(click_type=PATH, help="A model folder: safetensors in Hub format, or an OpenVINO IR.")
+]
 EngineName = Annotated[
     str | None,
-    typer.Option("--engine", help="torch, cuda (own kernels) or openvino; by default torch, or openvino for an IR."),
+    typer.Option(
+        "--engine",
+        callback=one_of(*ENGINES),
+        help="torch, cuda (own kernels) or openvino; by default torch, or openvino for an IR.",
+    ),
 ]
+_TEST_TEXT = "embedded:test"
 Text = Annotated[
     str,
     typer.Option(
@@ -56,16 +70,23 @@ Text = Annotated[
     ),
 ]
 Device = Annotated[
-    str | None, typer.Option(help="cpu or cuda:0 (not for openvino); by default the GPU if there is one.")
+    str | None,
+    typer.Option(callback=_DEVICE, help="cpu or cuda:0 (not for openvino); by default the GPU if there is one."),
 ]
 Precision = Annotated[
     str | None,
-    typer.Option(help="fp32, fp16, bf16, int8, int4-int8, w8a8, auto (an IR's defaults); by default what is held."),
+    typer.Option(
+        callback=one_of(*PRECISIONS),
+        help="fp32, fp16, bf16, int8, int4-int8, w8a8, auto (an IR's defaults); by default what is held.",
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else on stdout.")]
 Track = Annotated[
     str,
-    typer.Option(help="Log trainings and the table: tensorboard (OUT/tracking), mlflow (MLFLOW_TRACKING_URI), none."),
+    typer.Option(
+        callback=one_of("tensorboard", "mlflow", "none"),
+        help="Log trainings and the table: tensorboard (OUT/tracking), mlflow (MLFLOW_TRACKING_URI), none.",
+    ),
 ]
 Force = Annotated[
     bool, typer.Option(help="Make the stage again although it is up to date, or other choices made what is there.")
@@ -73,18 +94,38 @@ Force = Annotated[
 
 
 def _recipe(name: str | None, changes: list[str] | None, out: Path) -> Any:
-    """The recipe named, else the one the run folder keeps, else the demo."""
+    """The recipe named, else the one the run folder keeps, else the demo; its model has been looked into."""
+    from pipeline.hub import resolve
     from pipeline.recipe import Recipe, load_recipe
 
     kept = out / "recipe.yaml"
-    return load_recipe(Recipe, name or (kept if kept.exists() else "demo"), changes or [])
+    if name is None:
+        name = str(kept) if kept.exists() else "demo"
+    choices = load_recipe(Recipe, name, changes or [])
+    _looked_into(resolve(choices.load.source, choices.load.revision))
+    return choices
 
 
 def _folder(model: str | Path) -> Path:
     """The folder of a model that a verb is given; what lies there goes before the embedded model."""
     from pipeline.hub import resolve
 
-    return Path(model) if str(model) == "embedded" and Path(model).is_dir() else resolve(str(model))
+    there = str(model) == "embedded" and Path(model).is_dir()
+    return _looked_into(Path(model) if there else resolve(str(model)))
+
+
+def _looked_into(folder: Path) -> Path:
+    """A model folder that is none is refused before what takes seconds to be imported."""
+    from cuda_ext.checkpoint import read_checkpoint
+    from cuda_ext.errors import CheckpointError
+    from pipeline.engines import default_engine
+
+    if default_engine(folder) == "torch":
+        try:
+            read_checkpoint(folder)
+        except CheckpointError as error:
+            raise UserError(str(error)) from error
+    return folder
 
 
 @app.command()
@@ -93,13 +134,15 @@ def run(
     out: Out = Path("runs/demo"),
     set: Set = None,
     until: Annotated[
-        str | None, typer.Option(help="Stop after this stage; it and those before it are measured.")
+        str | None,
+        typer.Option(callback=one_of(*STAGES), help="Stop after this stage; it and those before it are measured."),
     ] = None,
     force: Annotated[
         list[str] | None,
         typer.Option(
+            callback=one_of(*STAGES, MEASURE),
             help="Make this stage again although it is up to date, and it and those after it although other choices "
-            "made them; measure, the last, stands for the measurements."
+            "made them; measure, the last, stands for the measurements.",
         ),
     ] = None,
     track: Track = "none",
@@ -178,12 +221,15 @@ def quantize(out: Out = Path("runs/demo"), recipe: RecipeName = None, set: Set =
 def sweep(
     grid: Annotated[list[str], typer.Option(help="A recipe key and its values, as in prune.ratio=0.1,0.2,0.4.")],
     recipe: Annotated[str, typer.Option(help="A preset (demo, gpt2) or a .yaml file.")] = "demo",
-    out: Annotated[Path, typer.Option(help="The sweep's folder; what is there is not done again.")] = Path(
-        "runs/sweep"
-    ),
+    out: Annotated[
+        Path, typer.Option(click_type=PATH, help="The sweep's folder; what is there is not done again.")
+    ] = Path("runs/sweep"),
     set: Set = None,
     launcher: Annotated[
-        str, typer.Option(help="Who makes the stages: local, or ray (RAY_ADDRESS names a cluster).")
+        str,
+        typer.Option(
+            callback=one_of("local", "ray"), help="Who makes the stages: local, or ray (RAY_ADDRESS names a cluster)."
+        ),
     ] = "local",
     workers: Annotated[int, typer.Option(min=1, help="Points made at a time; measuring is one by one.")] = 1,
     as_json: Json = False,
@@ -209,22 +255,27 @@ def sweep(
 def evaluate(
     model: Model,
     engine: EngineName = None,
-    text: Text = "embedded:test",
+    text: Text = _TEST_TEXT,
     stride: Annotated[int | None, typer.Option(min=1, help="Tokens between windows; by default the context.")] = None,
     context: Annotated[int | None, typer.Option(min=2, help="Tokens a window; by default the model's limit.")] = None,
     tasks: Annotated[
-        str | None, typer.Option(help="hellaswag,lambada: score these by lm-evaluation-harness, and no text.")
+        str | None,
+        typer.Option(callback=_TASKS, help="hellaswag,lambada: score these by lm-evaluation-harness, and no text."),
     ] = None,
     limit: Annotated[int | None, typer.Option(min=2, help="Only the first documents of each task.")] = None,
     task_data: Annotated[
         Path | None,
         typer.Option(
+            click_type=PATH,
             envvar="HEADROOM_TASK_DATA",
             help="A folder with hellaswag_val*.jsonl or .txt[.bz2] and lambada_test*.jsonl; by default from the Hub.",
         ),
     ] = None,
     task_cache: Annotated[
-        Path, typer.Option(help="Where answers are kept: an interrupted evaluation goes on, a repeated one is quick.")
+        Path,
+        typer.Option(
+            click_type=PATH, help="Where answers are kept: an interrupted evaluation goes on, a repeated one is quick."
+        ),
     ] = Path("runs/tasks"),
     device: Device = None,
     precision: Precision = None,
@@ -233,12 +284,20 @@ def evaluate(
     """Perplexity of a model folder on a text, by sliding window; or its accuracy on tasks."""
     from dataclasses import asdict
 
+    ignored = {"--limit": limit} if tasks is None else {"--stride": stride, "--context": context}
+    for name, given in ignored.items():
+        if given is not None:
+            raise UserError(f"{name} {given}: {'goes with --tasks' if tasks is None else 'does not go with --tasks'}")
     folder = _folder(model)
     if tasks is not None:
+        if text != _TEST_TEXT:
+            raise UserError(f"--text {text}: does not go with --tasks, which are scored on no text; leave one out")
         from pipeline.task_scores import format_scores, score_folder
 
         options = {"engine": engine, "device": device, "precision": precision}
-        outcome = score_folder(folder, tasks.split(","), options, data=task_data, limit=limit, cache=task_cache)
+        outcome = score_folder(
+            folder, [name.strip() for name in tasks.split(",")], options, data=task_data, limit=limit, cache=task_cache
+        )
         print(json.dumps(outcome) if as_json else format_scores(outcome))
         return outcome
     from eval.perplexity import perplexity
@@ -260,7 +319,7 @@ def evaluate(
         text_sha256=sha256_text(content),
         text_share=1.0,
     )
-    size = scored_bytes(content, ids, tokenizer)
+    size = scored_bytes(content, tokenizer)
     bits = quality.nll * quality.tokens / math.log(2) / size
     if as_json:
         about = {"engine": loaded.name, "device": loaded.device, "compute": loaded.compute}
@@ -279,10 +338,16 @@ def evaluate(
 def compare(
     a: Annotated[str, typer.Argument(metavar="A", help="A model folder or Hub id: what the other is taken for.")],
     b: Annotated[str, typer.Argument(metavar="B", help="A model folder or Hub id; the same one for another engine.")],
-    engine: Annotated[list[str] | None, typer.Option("--engine", help="Once for both, or twice: A's, B's.")] = None,
-    device: Annotated[list[str] | None, typer.Option("--device", help="Once for both, or twice.")] = None,
-    precision: Annotated[list[str] | None, typer.Option("--precision", help="Once for both, or twice.")] = None,
-    text: Text = "embedded:test",
+    engine: Annotated[
+        list[str] | None, typer.Option("--engine", callback=one_of(*ENGINES), help="Once for both, or twice: A's, B's.")
+    ] = None,
+    device: Annotated[
+        list[str] | None, typer.Option("--device", callback=_DEVICE, help="Once for both, or twice.")
+    ] = None,
+    precision: Annotated[
+        list[str] | None, typer.Option("--precision", callback=one_of(*PRECISIONS), help="Once for both, or twice.")
+    ] = None,
+    text: Text = _TEST_TEXT,
     tokens: Annotated[int, typer.Option(min=1, help="Compare on this many tokens from the text's start.")] = 1024,
     as_json: Json = False,
 ) -> Any:
@@ -342,7 +407,10 @@ def bench(
         list[str],
         typer.Argument(help="Model folders or Hub ids; the first one is what the others are compared with."),
     ],
-    engine: Annotated[list[str] | None, typer.Option("--engine", help="One for each folder, or one for all.")] = None,
+    engine: Annotated[
+        list[str] | None,
+        typer.Option("--engine", callback=one_of(*ENGINES), help="One for each folder, or one for all."),
+    ] = None,
     prompt_tokens: Annotated[int, typer.Option(min=1)] = 128,
     new_tokens: Annotated[int, typer.Option(min=2)] = 32,
     batch: Annotated[int, typer.Option(min=1)] = 1,
@@ -369,12 +437,18 @@ def bench(
 
 @app.command()
 def profile(
-    models: Annotated[list[Path], typer.Argument(help="Model folders, or a run folder for all that is in its table.")],
+    models: Annotated[
+        list[Path], typer.Argument(click_type=PATH, help="Model folders, or a run folder for all that is in its table.")
+    ],
     out: Annotated[
-        Path | None, typer.Option(help="The TensorBoard log folder; by default RUN/traces, or runs/profile.")
+        Path | None,
+        typer.Option(click_type=PATH, help="The TensorBoard log folder; by default RUN/traces, or runs/profile."),
     ] = None,
     engine: Annotated[
-        list[str] | None, typer.Option("--engine", help="torch, cuda or openvino; may be given more than once.")
+        list[str] | None,
+        typer.Option(
+            "--engine", callback=one_of(*ENGINES), help="torch, cuda or openvino; may be given more than once."
+        ),
     ] = None,
     prompt_tokens: Annotated[int, typer.Option(min=1)] = 128,
     new_tokens: Annotated[int, typer.Option(min=2, help="At most 8 steps are traced.")] = 8,
@@ -403,11 +477,14 @@ def profile(
 
 @app.command()
 def report(
-    run_folder: Annotated[Path, typer.Argument(metavar="A", help="A run folder with results.json.")],
+    run_folder: Annotated[Path, typer.Argument(click_type=PATH, metavar="A", help="A run folder with results.json.")],
     other: Annotated[
-        Path | None, typer.Argument(metavar="[B]", help="Another run: one page shows both side by side.")
+        Path | None,
+        typer.Argument(click_type=PATH, metavar="[B]", help="Another run: one page shows both side by side."),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="That page's file; by default against-A.html in B.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(click_type=PATH, help="That page's file; by default against-A.html in B.")
+    ] = None,
 ) -> Path:
     """Draw figures and report again from results.json; or compare two runs, row by row."""
     from eval.results import load_results
@@ -439,9 +516,11 @@ def report(
 
 @app.command()
 def export(
-    run_folder: Annotated[Path, typer.Argument(help="The folder of a finished run.")],
-    to: Annotated[Path, typer.Option(help="The folder to write, in Hub format.")],
-    precision: Annotated[str, typer.Option(help="fp16 or fp32: what the weights are stored in.")] = "fp16",
+    run_folder: Annotated[Path, typer.Argument(click_type=PATH, help="The folder of a finished run.")],
+    to: Annotated[Path, typer.Option(click_type=PATH, help="The folder to write, in Hub format.")],
+    precision: Annotated[
+        str, typer.Option(callback=one_of("fp16", "fp32"), help="fp16 or fp32: what the weights are stored in.")
+    ] = "fp16",
     licence: Annotated[
         str | None, typer.Option(help="The weights' licence by its Hub name, where their source does not tell.")
     ] = None,
@@ -465,7 +544,9 @@ def export(
 @data.command()
 def prepare(
     inputs: Annotated[list[str], typer.Argument(metavar="INPUT...", help="Files, folders, hub:DATASET:SPLIT.")],
-    out: Annotated[Path, typer.Option(help="The shards' folder; an interrupted preparation goes on there.")],
+    out: Annotated[
+        Path, typer.Option(click_type=PATH, help="The shards' folder; an interrupted preparation goes on there.")
+    ],
     tokenizer: Annotated[
         str, typer.Option(help="Whose tokens: embedded, a folder with tokenizer.json, or a Hub id such as gpt2.")
     ] = "embedded",
@@ -489,27 +570,29 @@ def prepare(
 ) -> Any:
     """Tokenise a corpus into uint16 shards that llm.c and pretrain (--set shards=OUT) read.
 
-    An INPUT is a text file (<|endoftext|> parts its documents), a .jsonl file (the text in each line is one), a folder
-    of .txt and .jsonl, or hub:DATASET[@CONFIG]:SPLIT, streamed; a local folder in the Hub's format will do as DATASET.
-    .gz, .bz2 and .xz are unpacked.
+    An INPUT is a text file (<|endoftext|> and the space around it part its documents), a .jsonl file (the text in each
+    line is one), a folder of .txt and .jsonl, or hub:DATASET[@CONFIG]:SPLIT, streamed; a local folder in the Hub's
+    format will do as DATASET. .gz, .bz2 and .xz are unpacked. In the text of a line or row <|endoftext|> is that
+    token, not its letters.
 
-    Documents that occur again, are empty, or are not UTF-8 are counted and left out, as is the space around each;
-    OUT/manifest.json tells what came of which input. Memory does not grow with the text.
+    Documents that occur again, are empty, or are not UTF-8 are counted and left out; OUT/manifest.json tells what came
+    of which input. The others are taken as they are. Memory does not grow with the text: a document over 4 MiB is
+    counted in pieces, and is never held out as a whole.
 
     What is held out are whole documents from all over the corpus, or, where it has too few, its end. With
     --end-of-text before the tokens are those of llm.c's own scripts; no shard but an only one is under half full.
     """
-    from pipeline import hardware
-    from pipeline.hub import resolve
-    from pipeline.prepare import prepare as work
-    from pipeline.prepare import summary
-
     if style not in ("plain", "wikitext"):
         raise UserError(f"--style {style}: give plain or wikitext")
     if end_of_text not in ("after", "before"):
         raise UserError(f"--end-of-text {end_of_text}: give after or before")
     if validation_every is not None:
         raise UserError("--validation-every: tokens are held out now; give --validation-share, such as 0.005; 0: none")
+    from pipeline import hardware
+    from pipeline.hub import resolve
+    from pipeline.prepare import prepare as work
+    from pipeline.prepare import summary
+
     manifest = work(
         inputs,
         out,
@@ -529,12 +612,17 @@ def pretrain(
     text: Annotated[
         Path | None,
         typer.Option(
-            help="Training text (.txt or .jsonl, also .gz, .bz2, .xz); more may follow. Or: --set shards=FOLDER"
+            click_type=PATH,
+            help="Training text (.txt or .jsonl, also .gz, .bz2, .xz); more may follow. Or: --set shards=FOLDER",
         ),
     ] = None,
-    more: Annotated[list[Path] | None, typer.Argument(metavar="[FILE]...", help="More training text.")] = None,
+    more: Annotated[
+        list[Path] | None, typer.Argument(click_type=PATH, metavar="[FILE]...", help="More training text.")
+    ] = None,
     recipe: Annotated[str, typer.Option(help="A preset (mini, gpt2-124M, gpt2-350M) or a .yaml file.")] = "mini",
-    out: Annotated[Path, typer.Option(help="Checkpoints, curve and model; resumes what is there.")] = Path("runs/mini"),
+    out: Annotated[
+        Path, typer.Option(click_type=PATH, help="Checkpoints, curve and model; resumes what is there.")
+    ] = Path("runs/mini"),
     set: Set = None,
     track: Track = "none",
     estimate: Annotated[
@@ -569,6 +657,8 @@ def pretrain(
         found = reckon(choices, on, devices, utilisation)
         print(json.dumps(found) if as_json else format_estimate(found))
         return found
+    if (on, devices, utilisation) != (None, 1, 0.4):
+        raise UserError("pretrain: --on, --devices and --utilisation go with --estimate; add it, or leave them out")
     files = [*([text] if text else []), *(more or [])]
     if bool(files) == bool(choices.shards):
         raise UserError("pretrain: give either --text FILES or --set shards=FOLDER (see data prepare)")
@@ -581,7 +671,7 @@ def pretrain(
     tracking = Tracking(track, out / "tracking", choices.name)
     folder = train(choices, files, out, load_text(validation) if validation else None, tracking)
     if is_main_process():
-        print(f"Model: {folder}")
+        print(json.dumps({"model": str(folder)}) if as_json else f"Model: {folder}")
     return folder
 
 
@@ -590,14 +680,17 @@ def scaling(
     text: Annotated[
         Path | None,
         typer.Option(
-            help="Training text (.txt or .jsonl, also .gz, .bz2, .xz); more may follow. By default the embedded text."
+            click_type=PATH,
+            help="Training text (.txt or .jsonl, also .gz, .bz2, .xz); more may follow. By default the embedded text.",
         ),
     ] = None,
-    more: Annotated[list[Path] | None, typer.Argument(metavar="[FILE]...", help="More training text.")] = None,
+    more: Annotated[
+        list[Path] | None, typer.Argument(click_type=PATH, metavar="[FILE]...", help="More training text.")
+    ] = None,
     recipe: Annotated[str, typer.Option(help="A preset (scaling-mini, scaling-gpu) or a .yaml file.")] = "scaling-mini",
-    out: Annotated[Path, typer.Option(help="The family's folder; what is trained there is not trained again.")] = Path(
-        "runs/scaling"
-    ),
+    out: Annotated[
+        Path, typer.Option(click_type=PATH, help="The family's folder; what is trained there is not trained again.")
+    ] = Path("runs/scaling"),
     set: Set = None,
     workers: Annotated[
         int | None, typer.Option(min=1, help="Trainings at a time; by default one, or without a GPU one a core.")
@@ -694,15 +787,17 @@ def main() -> None:
         _prepare_streams()
         _check_words(sys.argv[1:])
         try:
-            app(standalone_mode=True)
+            ended = app(standalone_mode=False)
         finally:
             if sys.stdout is not None:
                 sys.stdout.flush()
-    except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else int(bool(end.code))
-        if code == 130:  # what typer makes of Ctrl-C
+        code = ended if isinstance(ended, int) else 0  # --help ends so, and Ctrl-C, of which typer makes 130
+        if code == 130:
             print(_INTERRUPTED, file=sys.stderr)
-    except KeyboardInterrupt:
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        code = error.exit_code
+    except (KeyboardInterrupt, click.Abort):
         print(_INTERRUPTED, file=sys.stderr)
         code = 130
     except BaseException as error:  # some libraries' panics are no Exceptions
@@ -740,6 +835,9 @@ def _told(error: BaseException) -> tuple[int, str]:
         return 2, f"error: {said}"
     if isinstance(error, WorkError):
         return 1, f"failed: {said}"
+    if isinstance(error, click.UsageError):
+        advice = f" (see {error.ctx.command_path} --help)" if error.ctx else ""
+        return 2, f"error: {' '.join(error.format_message().split())}{advice}"
     if isinstance(error, ModuleNotFoundError):
         return 2, f"error: {error.name} is not installed; pip install -r requirements.txt"
     if isinstance(error, OSError) and code in NO_PATH and error.filename:

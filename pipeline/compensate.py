@@ -97,7 +97,7 @@ def _moments(
         for batch in calibration_batches(model, blocks, batch_size, label):
             text = batch["labels"] != IGNORE
             tokens += int(text.sum())
-            model.transformer(batch["input_ids"], batch.get("attention_mask"), use_cache=False)
+            model.transformer(batch["input_ids"], attention_mask=batch.get("attention_mask"), use_cache=False)
     if not tokens or not all(torch.isfinite(square).all() for square in squares):
         raise UserError("compensation found no finite activations: check the checkpoint and the calibration text")
     means = [total / tokens for total in sums]

@@ -11,12 +11,14 @@ from pipeline.texts import hub_rows
 from pipeline.wikitext import DOCUMENT_MARK
 
 LONGEST = 1 << 22
-"""Bytes of a document at most: a longer one is cut after a line into documents, for memory's sake."""
+"""Bytes of a piece at most: a longer document is cut after a line, for memory's sake."""
+Piece = tuple[bytes, bool]
+"""A document, or a part of a long one, as it is (UTF-8 or not, empty or not); and whether the document ends with it."""
 _MARK = DOCUMENT_MARK.encode()
 
 
 class Source(Protocol):
-    """A part of a corpus. `position` is plain data: where `documents` goes on after those it gave."""
+    """A part of a corpus. `position` is plain data: where `pieces` goes on after those it gave."""
 
     name: str
     position: Any
@@ -24,12 +26,13 @@ class Source(Protocol):
     def sha256(self) -> str | None:
         """Of its content, in hex; `None` where only reading it all would tell."""
 
-    def documents(self) -> Iterator[bytes]:
-        """The documents from `position` on, as they are: UTF-8 or not, empty or not."""
+    def pieces(self) -> Iterator[Piece]:
+        """The documents from `position` on."""
 
 
 class TextFile:
-    """A text file as `reading` knows them, in documents: the lines of JSON lines, else what `<|endoftext|>` parts.
+    """A text file as `reading` knows them, in documents: the lines of JSON lines, else what `<|endoftext|>` parts,
+    without the space around it.
 
     Its position is in unpacked bytes.
     """
@@ -45,14 +48,16 @@ class TextFile:
         except OSError as error:
             raise UserError(f"{self.path}: {error.strerror or error}; give a readable text file") from error
 
-    def documents(self) -> Iterator[bytes]:
+    def pieces(self) -> Iterator[Piece]:
         """The documents from `position` on. Raises `UserError` for a file that cannot be read or understood."""
         with unpacked(self.path) as file:
-            self.position = max(self.position, begin_text(file))
-            file.seek(self.position)
-            yield from self._lines(file) if holds_json(self.path) else self._split(file)
+            start = begin_text(file)
+            self.position = max(self.position, start)
+            file.seek(max(start, self.position - len(_MARK)))
+            before = file.read(self.position - file.tell())
+            yield from self._lines(file) if holds_json(self.path) else self._split(file, before)
 
-    def _lines(self, file: IO[bytes]) -> Iterator[bytes]:
+    def _lines(self, file: IO[bytes]) -> Iterator[Piece]:
         while line := file.readline():
             try:
                 document = json_text(line).encode() if line.strip() else None
@@ -60,9 +65,10 @@ class TextFile:
                 raise UserError(f"{self.path}: the line at byte {self.position} {error}") from error
             self.position += len(line)
             if document is not None:
-                yield document
+                yield document, True
 
-    def _split(self, file: IO[bytes]) -> Iterator[bytes]:
+    def _split(self, file: IO[bytes], before: bytes) -> Iterator[Piece]:
+        begins, marked = before in (b"", _MARK), before == _MARK
         text, start, ended = b"", 0, False
         while True:
             if not ended and len(text) - start < LONGEST + len(_MARK):
@@ -71,12 +77,17 @@ class TextFile:
             if start == len(text) and ended:
                 return
             end = text.find(_MARK, start, start + LONGEST + len(_MARK))
-            after = end + len(_MARK)
+            after, ends, marks = end + len(_MARK), True, True
             if end < 0:
-                end = after = len(text) if len(text) - start <= LONGEST else _cut(text, start, start + LONGEST)
+                ends, marks = len(text) - start <= LONGEST, False
+                end = after = len(text) if ends else _cut(text, start, start + LONGEST)
             self.position += after - start
-            yield text[start:end]
-            start = after
+            piece = text[start:end]
+            if marked or marks:
+                piece = piece.lstrip() if begins else piece
+                piece = piece.rstrip() if ends else piece
+            yield piece, ends
+            start, begins, marked = after, ends, marks
 
 
 def _cut(text: bytes, start: int, end: int) -> int:
@@ -109,7 +120,7 @@ class HubRows:
         """Not known before all is read."""
         return None
 
-    def documents(self) -> Iterator[bytes]:
+    def pieces(self) -> Iterator[Piece]:
         """The rows from `position` on. Raises `UserError` for rows without text, or a stream that breaks off."""
         rows = iter(self.rows)
         while True:
@@ -122,7 +133,7 @@ class HubRows:
             if row is None:
                 return
             try:
-                yield row_text(row).encode()
+                yield row_text(row).encode(), True
             except ValueError as error:
                 raise UserError(f"text {self.name}: a row {error}") from error
 

@@ -100,8 +100,12 @@ def _each(texts: Iterable[str], tokenizer: Any, batch: int = 512) -> Iterator[np
 
 
 def _ids(texts: list[str], tokenizer: Any) -> list[np.ndarray]:
+    return [np.asarray(ids, dtype=np.int64) for ids in _call(texts, tokenizer)["input_ids"]]
+
+
+def _call(texts: list[str], tokenizer: Any) -> Any:
     with refusals("the tokenizer gives up on the text"):
-        found = tokenizer(
+        return tokenizer(
             texts,
             add_special_tokens=False,
             truncation=False,
@@ -109,17 +113,36 @@ def _ids(texts: list[str], tokenizer: Any) -> list[np.ndarray]:
             return_attention_mask=False,
             return_token_type_ids=False,
             verbose=False,  # that a text is longer than the model's context
-        )["input_ids"]
-    return [np.asarray(ids, dtype=np.int64) for ids in found]
+        )
 
 
-def scored_bytes(text: str, ids: np.ndarray, tokenizer: Any) -> int:
-    """UTF-8 bytes of what perplexity scores: all of the text but its first token, which nothing predicts."""
-    first = tokenizer.decode(ids[:1].tolist(), clean_up_tokenization_spaces=False)
-    begins = next((form for form in (first, first.lstrip()) if form and text.startswith(form)), None)
-    if begins is None:  # a part of a character: such tokens have one letter a byte
-        return len(text.encode()) - len(tokenizer.convert_ids_to_tokens(int(ids[0])))
-    return len(text.encode()) - len(begins.encode())
+def scored_bytes(text: str, tokenizer: Any) -> int:
+    """UTF-8 bytes of what perplexity scores: all of a text of 2 tokens or more but its first, which nothing predicts.
+
+    That counts as what it stands for in the text: a normalizer may have changed it, and space gone before or into it.
+    """
+    found = _call([text], tokenizer)
+    first = found["input_ids"][0][:1]
+    token = tokenizer.convert_ids_to_tokens(first)[0]
+    written = tokenizer.decode(first, clean_up_tokenization_spaces=False)
+    forms = () if written.endswith("\ufffd") else (written, written.lstrip())  # a part of a character stands for it
+    begins = next((form for form in forms if text.startswith(form)), "")
+    if tokenizer.is_fast:
+        # Both are needed: some tokenizers leave the space out of where a token stands.
+        unscored = max(len(begins.encode()), _bytes_in_place(text, found, token, written))
+    else:  # what is not there as it is written has a letter for each byte of a character
+        unscored = len(begins.encode()) or min(len(token), len(text[0].encode()))
+    return len(text.encode()) - unscored
+
+
+def _bytes_in_place(text: str, found: Any, token: str, written: str) -> int:
+    """UTF-8 bytes of the first token, by where it and the second one stand in the text."""
+    first, second = found.token_to_chars(0, 0), found.token_to_chars(0, 1)
+    size = len(text[: min(first.end, second.start)].encode())
+    if second.start < first.end and written.endswith("\ufffd"):  # they share a character
+        byte_fallback = token.startswith("<0x")  # else each letter stands for a byte
+        size += 1 if byte_fallback else len(token) - len(written.rstrip("\ufffd").encode())
+    return size
 
 
 def sha256_text(text: str) -> str:

@@ -17,10 +17,14 @@ def estimate(recipe: Pretrain, device: str | None = None, devices: int = 1, util
     """Bytes of each of `devices` GPUs of the kind `device` (by default this machine's), and seconds in all.
 
     Weights, gradients and optimiser state are counted; what the way forward keeps for the way back is measured on
-    tensors without data, in bf16 autocast. Time is FLOPs over `utilisation` of the peak.
+    tensors without data, in autocast to bf16 where the recipe has it. Time is FLOPs over `utilisation` of the peak,
+    which is that of 16-bit products.
     `device_memory` is what one has, `None` if that is not known.
-    Raises `UserError` for a GPU whose peak is not known, or devices that the recipe cannot use.
+    Raises `UserError` for a GPU whose peak is not known, devices that the recipe cannot use, or a utilisation that is
+    no share.
     """
+    if not 0 < utilisation <= 1:
+        raise UserError(f"--utilisation {utilisation:g}: give a share of the peak, such as 0.4")
     here = hardware.gpu()
     name = device or (here["name"] if here else None)
     peak = 1e12 * recipe.peak_tflops if recipe.peak_tflops else hardware.peak_flops(name or "")
@@ -34,7 +38,7 @@ def estimate(recipe: Pretrain, device: str | None = None, devices: int = 1, util
         )
     if devices > 1 and recipe.parallel == "none":
         raise UserError(f"--devices {devices}: parallel is none; --set parallel=ddp, zero1 or fsdp")
-    with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16):
+    with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16, enabled=recipe.autocast):
         model = new_model(recipe)
         parameters, matrices, kept = _measured(model, recipe.checkpointing)
     adam = 8 * parameters
@@ -45,7 +49,8 @@ def estimate(recipe: Pretrain, device: str | None = None, devices: int = 1, util
         "gradients": 4 * parameters // split,
         "optimizer": state // (devices if recipe.parallel in ("zero1", "fsdp") else 1),
         # DDP adds gradients up in a copy of its own; autocast keeps the weights in bf16.
-        "copies": (4 * parameters if devices > 1 and split == 1 else 0) + 2 * parameters // split,
+        "copies": (4 * parameters if devices > 1 and split == 1 else 0)
+        + (2 * parameters // split if recipe.autocast else 0),
         "activations": recipe.batch_size * kept,
     }
     flops = training_flops(model.config)
@@ -60,6 +65,7 @@ def estimate(recipe: Pretrain, device: str | None = None, devices: int = 1, util
         "device_memory": here["memory"] if here and not device else hardware.memory(name or ""),
         "batch_size": recipe.batch_size,
         "accumulation": recipe.accumulation,
+        "autocast": recipe.autocast,
         "utilisation": utilisation,
         "seconds": tokens * flops / (peak * utilisation * devices),
     }
@@ -99,10 +105,11 @@ def format_estimate(found: dict[str, Any]) -> str:
     """What a person reads."""
     memory = "\n".join(f"  {name:<12} {value / 2**30:8.2f} GiB" for name, value in found["memory"].items())
     hours = found["seconds"] / 3600
+    peak = "the peak" if found["autocast"] else "the peak of 16-bit products, which FP32 does not reach"
     return (
         f"{found['parameters']:,} parameters, {found['tokens']:,} tokens, {found['flops']:.3g} FLOPs\n"
         f"memory of each device, of {found['devices']} {found['device']}:\n{memory}\n{verdict(found)}\n"
-        f"time: {hours:,.1f} hours at {found['utilisation']:.0%} of the peak (an assumption: --utilisation)"
+        f"time: {hours:,.1f} hours at {found['utilisation']:.0%} of {peak} (an assumption: --utilisation)"
     )
 
 

@@ -16,10 +16,12 @@ from pipeline.artifacts import Manifest, RunFolder, disk_errors, replace_folder,
 from pipeline.choices import differences, kept_recipe
 from pipeline.recipe import Recipe
 from pipeline.runner import RECIPE, RESULTS
+from pipeline.stages import BY_NAME
 from pipeline.stale import stale_caveat
 
 MARK = "headroom.json"
 """What tells an export from any other folder: the run, its stages and the sha256 of each file."""
+_OF_A_RUN = (*BY_NAME, "measurements", "plots", "tracking", "traces")
 _LONGEST = 240
 """Bytes of the folder's name, so that the one it is written in beside can have its own."""
 _CODE = Path(__file__).parent / "model"
@@ -58,7 +60,8 @@ def export(
     if not (run_folder / RESULTS).exists():
         raise UserError(f"{run_folder}: holds no {RESULTS}; give the folder of a finished run")
     run = RunFolder(run_folder)
-    with disk_errors(to), run.unchanging():
+    partial = to.absolute().with_name(f".{to.name}.partial") if to.name else to
+    with disk_errors(partial), run.unchanging():
         _check_place(to, run_folder, force)
         results = load_results(run_folder / RESULTS)
         if untold := [key for key in ("name", "recipe", "machine", "versions") if key not in results.run]:
@@ -66,8 +69,7 @@ def export(
         stages = _chain(run, results)
         name = next(iter(stages))
         weights = _weights(run, name, precision)
-        to.absolute().parent.mkdir(parents=True, exist_ok=True)
-        partial = to.with_name(f".{to.name}.partial")
+        partial.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(partial, ignore_errors=True)
         _copy_model(run.stage(name), weights, stages[name], partial)
         if "quantize" in stages:
@@ -121,8 +123,10 @@ def _check_place(to: Path, run: Path, force: bool) -> None:
     here, place, inside = (Path(os.path.realpath(path)) for path in (".", to, run))
     if not to.name or to.name == ".." or here.is_relative_to(place):
         raise UserError(f"--to {to}: is the folder you are in, or above it; give a folder to be made, such as exported")
-    if place.is_relative_to(inside) or inside.is_relative_to(place):
-        raise UserError(f"--to {to}: in the run's folder, or around it; give one outside")
+    if inside.is_relative_to(place):
+        raise UserError(f"--to {to}: is the run's folder, or around it; give one of its own")
+    if place.is_relative_to(inside) and place.relative_to(inside).parts[0] in _OF_A_RUN:
+        raise UserError(f"--to {to}: among what the run itself keeps; give one of its own, such as {run / 'export'}")
     if len(os.fsencode(to.name)) > _LONGEST:
         raise UserError(f"--to {shown(str(to))}: the name is too long; give one of at most {_LONGEST} bytes")
     if to.exists() or to.is_symlink():
@@ -153,8 +157,11 @@ def _chain(run: RunFolder, results: Results) -> dict[str, Manifest]:
     name = next((stage for stage in ("finetune", "prune") if run.stage(stage).exists()), None)
     if name is None:
         raise UserError(f"{run.path}: holds no pruned model; {_finish(run)}")
+    with_ir = run.stage("quantize").exists()
+    if untold := {name, *(["quantize"] if with_ir else [])} - {row.stage for row in results.rows}:
+        raise UserError(f"{run.path}: {RESULTS} does not tell of {' and '.join(sorted(untold))}; {_finish(run)}")
     stages = {name: run.verify(name)}
-    if run.stage("quantize").exists():
+    if with_ir:
         stages["quantize"] = run.verify("quantize")
         if stages["quantize"].inputs.get(name) != stages[name].content:
             raise UserError(f"{run.stage('quantize')}: made from another {name}; {_finish(run)}")

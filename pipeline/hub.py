@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from eval.errors import UserError, reason, why_no_hub
+from eval.errors import UserError, reason, shown, why_no_hub
 from pipeline.reading import expanded
 
 EMBEDDED = Path(__file__).parent / "assets" / "gpt2-mini"
@@ -17,12 +17,15 @@ def resolve(source: str, revision: str | None = None) -> Path:
     """
     if source == "embedded":
         return EMBEDDED
+    if not source:
+        raise UserError("the model's name is empty; give a folder, a Hub id or embedded")
     folder = expanded(source)
     try:
         there = folder.is_dir()
         taken = there or folder.exists()
     except (OSError, ValueError) as error:  # too long a name, a NUL in it, a folder that may not be looked into
-        raise UserError(f"model {source}: no such folder ({reason(error)}); give another") from error
+        why = error.strerror if isinstance(error, OSError) else reason(error)
+        raise UserError(f"model {shown(source)}: no such folder ({why}); give another") from error
     if there:
         return folder
     if source.startswith((".", "/", "~")) or source.count("/") > 1 or taken:

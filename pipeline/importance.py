@@ -106,7 +106,7 @@ def layer_scores(
         for batch in calibration_batches(model, blocks, batch_size, "layer influence" if progress else None):
             text = batch["labels"] != IGNORE
             tokens += int(text.sum())
-            model.transformer(batch["input_ids"], batch.get("attention_mask"), use_cache=False)
+            model.transformer(batch["input_ids"], attention_mask=batch.get("attention_mask"), use_cache=False)
     if not tokens or not torch.isfinite(totals).all():
         raise UserError("the influence of the layers is not finite: check the checkpoint and the calibration text")
     return (totals / tokens).tolist()
@@ -317,5 +317,5 @@ def _activation(
     with watched_inputs([site.projection for site in sites], measure), torch.no_grad():
         for batch in batches:
             text = batch["labels"] != IGNORE
-            model.transformer(batch["input_ids"], batch.get("attention_mask"), use_cache=False)
+            model.transformer(batch["input_ids"], attention_mask=batch.get("attention_mask"), use_cache=False)
     return totals

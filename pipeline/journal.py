@@ -27,6 +27,10 @@ class State:
     position: Any = None
     """Of the source being read; `None`: at its beginning."""
     kept: int = 0
+    inside: str = ""
+    """Of a document that is too long for one piece, the digest of its pieces so far."""
+    begun: bool = False
+    """Whether tokens of it were kept."""
     tokens: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
     complete: bool = False
     """Whether all is read, and no token changes its split any more."""
@@ -117,7 +121,12 @@ def begun_here(path: Path) -> bool:
 def check_same(choices: dict[str, Any], begun: dict[str, Any], out: Path) -> None:
     """Raise `UserError` where the work in `out` was begun with other choices."""
     for key, value in choices.items():
-        if begun.get(key) != value:
+        if key not in begun:
+            raise UserError(
+                f"{out}: prepared by an earlier version of Headroom, which had no {key}; give another --out, or delete "
+                "it (pretrain reads it as it is, if it was finished)"
+            )
+        if begun[key] != value:
             raise UserError(f"{out}: holds shards made with other {key}; give another --out or delete it")
 
 

@@ -70,7 +70,7 @@ def subjects(stages: Mapping[str, Mapping[str, Any]]) -> list[Subject]:
     quantized = stages.get("quantize", {})
     no_gpu = hardware.why_no_gpu()
     no_kernels = why_no_kernels()
-    no_bf16 = None if not quantized or computes_bf16() else "this CPU has no bf16 units"
+    no_bf16 = None if "quantize" not in stages or computes_bf16() else "this CPU has no bf16 units"
 
     def gpu(stage: str, folder: str, precision: str, role: str = "chain") -> Subject:
         return Subject(stage, folder, "torch", "cuda:0", precision, role, skipped=no_gpu)

@@ -24,7 +24,7 @@ from pipeline.model import CompactGPT2LMHeadModel
 from pipeline.optim import SplitOptimizer
 from pipeline.recipe import Pretrain
 from pipeline.shards import ShuffledBlocks
-from pipeline.training import ResumingTrainer, world_size
+from pipeline.training import ResumingTrainer, reading, world_size
 from pipeline.watching import Meter
 
 
@@ -137,8 +137,8 @@ class PretrainTrainer(ResumingTrainer):
         """Take the weights of a checkpoint, or this process's part of them."""
         if not self.spread:
             return super().load_weights(checkpoint)
-        state = load_file(checkpoint / SAFE_WEIGHTS_NAME)
-        with torch.no_grad():
+        with reading(checkpoint / SAFE_WEIGHTS_NAME), torch.no_grad():
+            state = load_file(checkpoint / SAFE_WEIGHTS_NAME)
             for name, parameter in self.model.named_parameters():
                 parameter.copy_(_part(state[name], parameter))
 

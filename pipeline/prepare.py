@@ -5,6 +5,7 @@ written is forced onto the disk, and then one transaction of `state.db` says how
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -133,17 +134,18 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     path = folder / MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        whole = {"inputs", "tokenizer", "style", "shards"} <= manifest.keys() and all(
-            {"name", "sha256"} <= given.keys() for given in manifest["inputs"]
-        )
-        whole = whole and all(
+        inputs, shards = manifest["inputs"], manifest["shards"]
+        whole = bool(shards) and {"tokenizer", "style"} <= manifest.keys() and isinstance(manifest["tokens"], int)
+        whole &= all({"name", "sha256"} <= given.keys() for given in inputs)
+        whole &= all(isinstance(each[count], int) for each in (manifest, *inputs) for count in ("documents", *FATES))
+        whole &= all(
             isinstance(shard["file"], str) and shard["split"] in SPLITS and isinstance(shard["tokens"], int)
-            for shard in manifest["shards"]
+            for shard in shards
         )
         return manifest if whole else damaged(path)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, AttributeError, KeyError, TypeError):
+    except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError):
         return damaged(path)
 
 
@@ -157,7 +159,16 @@ def prepared_shards(folder: Path, split: str) -> list[Shard]:
     manifest = read_manifest(folder)
     if manifest is None:
         return find_shards(folder, split)
-    return [open_shard(folder / shard["file"]) for shard in manifest["shards"] if shard["split"] == split]
+    shards = []
+    for given in manifest["shards"]:
+        if given["split"] == split:
+            shards.append(open_shard(folder / given["file"]))
+            if shards[-1].tokens != given["tokens"]:
+                raise UserError(
+                    f"{shards[-1].path}: holds {shards[-1].tokens:,} tokens, {MANIFEST} says {given['tokens']:,}; "
+                    "delete the folder and prepare it again"
+                )
+    return shards
 
 
 def _only(mapping: dict[str, Any], *keys: str) -> dict[str, Any]:
@@ -178,32 +189,35 @@ def _save_tokenizer(source: Path, folder: Path) -> dict[str, Any]:
         "sha256": sha256_file(folder / TOKENIZER_FILE),
         "vocab_size": len(tokenizer),
         "end_of_text": tokenizer.eos_token_id,
+        **({"split_special_tokens": True} if tokenizer.split_special_tokens else {}),
     }
 
 
 @dataclass
 class _Mark:
-    """What belongs to a batch: each document's source, and where in the corpus the batch ends."""
+    """What belongs to a batch: each piece's source and whether its document ends with it, and where the batch ends."""
 
     owners: list[int]
+    ends: list[bool]
     source: int = 0
     position: Any = None
 
 
 def _batches(corpus: Sequence[Source], first: int, position: Any) -> Iterator[tuple[_Mark, list[bytes]]]:
     """The corpus from a position on, a batch at a time; a batch may hold many small sources."""
-    mark, batch, size = _Mark([]), [], 0
+    mark, batch, size = _Mark([], []), [], 0
     for number, source in enumerate(corpus[first:], first):
         if number == first and position is not None:
             source.position = position
-        for document in source.documents():
-            batch.append(document)
+        for piece, ends in source.pieces():
+            batch.append(piece)
             mark.owners.append(number)
-            size += len(document) + 64  # empty ones take room, too
+            mark.ends.append(ends)
+            size += len(piece) + 64  # empty ones take room, too
             if size >= BATCH_BYTES:
                 mark.source, mark.position = number, source.position
                 yield mark, batch
-                mark, batch, size = _Mark([]), [], 0
+                mark, batch, size = _Mark([], []), [], 0
     if batch:
         mark.source, mark.position = number, source.position
         yield mark, batch
@@ -242,22 +256,38 @@ def _read_all(
     tokenizer: str,
 ) -> None:
     state, share = journal.state, choices["validation_share"]
-    how = How(tokenizer, choices["tokenizer"]["end_of_text"], choices["end_of_text"], choices["style"])
+    end, before = np.array([choices["tokenizer"]["end_of_text"]], np.uint16), choices["end_of_text"] == "before"
+    how = How(tokenizer, "split_special_tokens" in choices["tokenizer"], choices["style"])
+
+    def add(split: str, ids: np.ndarray) -> None:
+        writers[split].add(ids)
+        state.tokens[split] += len(ids)
+
     with contextlib.closing(encoded(_batches(corpus, state.source, state.position), how, workers)) as batches:
-        for mark, documents in batches:
-            for number, (digest, ids) in zip(mark.owners, documents, strict=True):
+        for mark, pieces in batches:
+            for number, ends, (digest, ids) in zip(mark.owners, mark.ends, pieces, strict=True):
+                split = "train"
                 if choices["inputs"][number]["sha256"] is None:
                     journal.chain(number, digest)
+                if state.inside:  # a piece repeats another only where all before it does
+                    digest = hashlib.sha256(bytes.fromhex(state.inside) + digest).digest()
                 if isinstance(ids, str):
                     journal.count(number, ids)
                 elif not journal.is_new(digest):
                     journal.count(number, DUPLICATE)
                 else:
                     journal.count(number, KEPT)
-                    split = "val" if _is_held_out(state, len(ids), share, choices["shard_tokens"]) else "train"
-                    writers[split].add(ids)
-                    state.tokens[split] += len(ids)
+                    whole = ends and not state.inside
+                    if whole and _is_held_out(state, len(ids) + 1, share, choices["shard_tokens"]):
+                        split = "val"
+                    if before and not state.begun:
+                        add(split, end)
+                    add(split, ids)
                     state.kept += 1
+                    state.begun = True
+                if ends and state.begun and not before:
+                    add(split, end)
+                state.inside, state.begun = "" if ends else digest.hex(), state.begun and not ends
             for writer in writers.values():
                 writer.sync()
             state.source, state.position = mark.source, mark.position
@@ -336,6 +366,9 @@ class _Progress:
 
 def _manifest(choices: dict[str, Any], journal: Journal, out: Path) -> dict[str, Any]:
     state, inputs = journal.state, []
+    shards = {split: find_shards(out, split) for split in SPLITS}
+    if {split: sum(shard.tokens for shard in found) for split, found in shards.items()} != state.tokens:
+        raise UserError(f"{out}: its shards are not those that were written; delete the folder and prepare it again")
     for given, (chain, fates) in zip(choices["inputs"], journal.outcome(), strict=True):
         content = {} if given["sha256"] else {"documents_sha256": chain}
         inputs.append(given | content | {"documents": sum(fates.values())} | fates)
@@ -347,7 +380,7 @@ def _manifest(choices: dict[str, Any], journal: Journal, out: Path) -> dict[str,
         "shards": [
             {"file": shard.path.name, "split": split, "tokens": shard.tokens, "sha256": sha256_file(shard.path)}
             for split in SPLITS
-            for shard in find_shards(out, split)
+            for shard in shards[split]
         ],
     }
 

@@ -6,7 +6,9 @@ import os
 import shutil
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
+from string import whitespace
 from typing import Any
 
 import numpy as np
@@ -30,7 +32,7 @@ from pipeline.model import CompactGPT2LMHeadModel
 from pipeline.optim import MuonAdamW, adamw, pretraining_groups
 from pipeline.parallel import PretrainTrainer, check_processes, lost_others, shard
 from pipeline.prepare import MANIFEST, TOKENIZER, TOKENIZER_FILE, prepared_shards, read_manifest
-from pipeline.reading import expanded, read_rows
+from pipeline.reading import expanded, holds_json, read_rows
 from pipeline.recipe import Pretrain
 from pipeline.shards import ShardBlocks, ShuffledBlocks
 from pipeline.tokenizer import load_tokenizer
@@ -238,7 +240,6 @@ def _same_choices(recipe: Pretrain, files: Sequence[Path], out: Path) -> None:
     free = {"steps", "decay_steps", "save_steps", "eval_steps", "log_steps"}
     free |= {
         "parallel",
-        "autocast",
         "checkpointing",
         "compile",
         "attention",
@@ -248,6 +249,7 @@ def _same_choices(recipe: Pretrain, files: Sequence[Path], out: Path) -> None:
         "spike",
         "rollbacks",
     }
+    free |= {"autocast"} if recipe.autocast else set()  # it came after others had begun trainings, which go on
     choices = recipe.model_dump(mode="json", exclude=free | {"shards"}) | {"files": named_hashes(files)}
     path = out / CHOICES
     try:
@@ -266,7 +268,7 @@ def _same_choices(recipe: Pretrain, files: Sequence[Path], out: Path) -> None:
 def _begun(out: Path) -> bool:
     """Whether the training in `out` has a checkpoint or model, or its choices cannot be read."""
     try:
-        json.loads((out / "pretrain.json").read_text(encoding="utf-8"))
+        json.loads((out / CHOICES).read_text(encoding="utf-8"))
     except ValueError:
         return True
     return (out / "model").exists() or next(out.glob("checkpoint-*"), None) is not None
@@ -297,13 +299,20 @@ def _shard_tokenizer(recipe: Pretrain, shards: Path) -> Any:
 
 
 def shard_blocks(recipe: Pretrain, shards: Path, split: str, vocab_size: int) -> ShardBlocks:
-    """The blocks of a folder's `train` or `val` shards. Raises `UserError` where they hold none."""
+    """The blocks of a folder's `train` or `val` shards.
+
+    Raises `UserError` where they hold none, or the first or last of a shard has a token beyond the vocabulary: others
+    are found as they are read.
+    """
     blocks = ShardBlocks(prepared_shards(shards, split), recipe.model.n_positions, vocab_size)
     if not len(blocks):
         raise UserError(
             f"{shards}: no {split} shard holds a block of {blocks.length} tokens; "
             + ("prepare more text" if split == "train" else "--set validation=FILE, or embedded:valid")
         )
+    for first, end in pairwise([0, *blocks.ends]):
+        for place in {first, end - 1} if end > first else ():
+            blocks[place]
     return blocks
 
 
@@ -329,7 +338,10 @@ def _styled(recipe: Pretrain, files: Iterable[Path]) -> Iterator[str]:
             if recipe.style == "wikitext":
                 yield from styled_documents(text)
             else:
-                yield from (document.strip() for document in text.split(DOCUMENT_MARK) if document.strip())
+                # As in `data prepare`: as it is, but for the space around marks.
+                parts = [text] if holds_json(path) else text.split(DOCUMENT_MARK)
+                parts = [part.strip(whitespace) for part in parts] if len(parts) > 1 else parts
+                yield from filter(str.strip, parts)
 
 
 def _limited(documents: Iterator[str], limit: int | None) -> Iterator[str]:
@@ -344,9 +356,9 @@ def _limited(documents: Iterator[str], limit: int | None) -> Iterator[str]:
 def train_tokenizer(recipe: Pretrain, files: Sequence[Path], out: Path) -> PreTrainedTokenizerFast:
     """A byte-level BPE (Sennrich et al. 2016; GPT-2's bytes) trained on the head of the text."""
     folder = out / "tokenizer"
-    kept = PreTrainedTokenizerFast.from_pretrained(folder) if (folder / "tokenizer.json").exists() else ()
+    kept = load_tokenizer(folder) if (folder / TOKENIZER_FILE).exists() else ()
     if len(kept) != recipe.model.vocab_size:
-        if not (folder / "tokenizer.json").exists():
+        if not kept:
             refuse_strangers(out, [TOKENIZER], "tokenizer")
         from tokenizers import ByteLevelBPETokenizer
 
@@ -373,7 +385,7 @@ def train_tokenizer(recipe: Pretrain, files: Sequence[Path], out: Path) -> PreTr
             model_max_length=recipe.model.n_positions,
         ).save_pretrained(partial)
         replace_folder(partial, folder)
-    return PreTrainedTokenizerFast.from_pretrained(folder)
+    return load_tokenizer(folder)
 
 
 def _blocks(recipe: Pretrain, files: Sequence[Path], tokenizer: Any, out: Path) -> TokenBlocks:
@@ -393,4 +405,7 @@ def _blocks(recipe: Pretrain, files: Sequence[Path], tokenizer: Any, out: Path) 
         partial = path.with_suffix(".partial.npy")
         np.save(partial, ids[: count * length].reshape(count, length))
         os.replace(partial, path)
-    return TokenBlocks(np.load(path, mmap_mode="r"))
+    try:
+        return TokenBlocks(np.load(path, mmap_mode="r"))
+    except (ValueError, EOFError) as error:
+        raise UserError(f"{path}: damaged; delete it, and the text is tokenised again") from error

@@ -1,13 +1,24 @@
 """Recipes: every choice of a run, typed and checked before any work starts."""
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from eval.errors import UserError, shown
 from pipeline import plain
+from pipeline.reading import expanded
 
 if TYPE_CHECKING:
     from pipeline.model import CompactGPT2Config
@@ -17,6 +28,7 @@ _DEEPEST = 20
 
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
+Source = Annotated[str, Field(min_length=1)]
 Tokens = Annotated[int, Field(ge=2)]
 Window = Tokens | list[Tokens | None] | None
 
@@ -26,21 +38,42 @@ class Strict(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _truth_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """pydantic would take `true` for 1."""
+        if isinstance(value, bool) and _types(cls.model_fields[str(info.field_name)].annotation) & {int, float}:
+            raise ValueError("a number is needed")
+        return value
+
+
+def _types(annotation: Any) -> set[Any]:
+    parts = get_args(annotation)
+    return {annotation} if not parts else set().union(*map(_types, parts))
+
+
+def _pattern(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise ValueError(f"not a regular expression ({error})") from error
+    return text
+
 
 class Data(Strict):
     """Where the texts come from: `embedded:train|valid|test`, `hub:DATASET[@CONFIG]:SPLIT`, `wikitext:FILE` for one in
     WikiText's raw form, or a file, whose text is taken as it is: UTF-8, or .jsonl with a `text` in each line; .gz,
     .bz2 and .xz are unpacked."""
 
-    train: str = "embedded:train"
-    calibration: str = "embedded:valid"
-    evaluation: str = "embedded:test"
+    train: Source = "embedded:train"
+    calibration: Source = "embedded:valid"
+    evaluation: Source = "embedded:test"
 
 
 class Load(Strict):
     """The model: `embedded`, a folder in Hub format, or a Hub id such as `gpt2`."""
 
-    source: str = "embedded"
+    source: Source = "embedded"
     revision: str | None = None
     n_kv_head: Positive | None = None
     """Pool key/value heads to so many (grouped-query attention), a divisor of the head count; `null`: leave them."""
@@ -107,7 +140,7 @@ class Quantize(Strict):
     """With `mixed`: perplexity on the calibration text over that in FP32, at most."""
     w8a8: bool = False
     """Whether activations are quantised too, in an IR of its own to compare with."""
-    ignore: list[str] = []
+    ignore: list[Annotated[str, AfterValidator(_pattern)]] = []
     calibration_samples: Positive = 32
     block_size: Annotated[int, Field(ge=2)] = 256
 
@@ -184,7 +217,8 @@ class PretrainModel(Strict):
         """What the model's configuration would say, whose import costs seconds."""
         if self.n_kv_head is not None and self.n_head % self.n_kv_head:
             raise ValueError(f"n_kv_head is {self.n_kv_head}: give a divisor of n_head {self.n_head}")
-        if int(self.rope_share * self.head_dim) < 2:
+        turns = self.position == "rope" or self.head_dim > 1
+        if turns and int(self.rope_share * self.head_dim) < 2:
             raise ValueError(
                 f"rope_share is {self.rope_share}: give a share of head_dim {self.head_dim} that holds two numbers"
             )
@@ -325,7 +359,7 @@ def load_recipe(kind: type[R], name: str | Path, overrides: Iterable[str] = ()) 
 
     Raises `UserError` for a missing file, what is not plain YAML, an unknown key or a value out of range.
     """
-    path = Path(name) if str(name).endswith((".yaml", ".yml")) else RECIPES / f"{name}.yaml"
+    path = expanded(name) if str(name).endswith((".yaml", ".yml")) else RECIPES / f"{name}.yaml"
     try:
         raw = plain.read(path)
     except FileNotFoundError as error:
@@ -355,7 +389,8 @@ def parse_recipe(kind: type[R], raw: dict[str, Any], where: str = "recipe") -> R
         key = shown(".".join(map(str, place)) or "recipe")
         if first["type"] == "extra_forbidden":
             raise UserError(f"{where}: unknown key '{key}'; known here: {_known(kind, place)}") from error
-        raise UserError(f"{where}: {key} is {shown(repr(first.get('input')))}: {first['msg']}") from error
+        said = first["msg"].removeprefix("Value error, ")
+        raise UserError(f"{where}: {key} is {shown(repr(first.get('input')))}: {said}") from error
 
 
 def read_value(kind: type[BaseModel], key: str, text: str) -> Any:

@@ -1,7 +1,6 @@
 """Order the stages, skip what is up to date, resume what was cut off, measure, report."""
 
 import contextlib
-import json
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
@@ -16,11 +15,10 @@ from pipeline.artifacts import Manifest, RunFolder, disk_errors, fingerprint, gi
 from pipeline.choices import differences, kept_recipe, listed, written_by_a_run
 from pipeline.data import sha256_text
 from pipeline.measure import Measurer, check_lengths, load_tasks
-from pipeline.model import CompactGPT2Config
+from pipeline.options import MEASURE
 from pipeline.recipe import Recipe
 from pipeline.report import REPORTS, write_report
-from pipeline.stages import BY_NAME, STAGES, Job, Stage
-from pipeline.stages.load import resolve
+from pipeline.stages import BY_NAME, STAGES, Job, Stage, load
 from pipeline.store import Store
 from pipeline.texts import load_text, refuse_overlap
 from pipeline.tracking import Tracking
@@ -29,8 +27,6 @@ from pipeline.training import is_main_process, world_size
 _HEADS = tuple(field.name for field in fields(Heads))
 RESULTS = "results.json"
 RECIPE = "recipe.yaml"
-MEASURE = "measure"
-"""What comes after all stages, as --force names it."""
 _ORDER = (*BY_NAME, MEASURE)
 
 
@@ -59,6 +55,8 @@ class Runner:
         for name in force:
             if name not in (*BY_NAME, MEASURE):
                 raise UserError(f"--force {name}: no such stage; give one of {', '.join((*BY_NAME, MEASURE))}")
+            if name != MEASURE and BY_NAME[name] not in wanted:
+                raise UserError(f"--force {name}: no stage of this call; leave it out, or --until")
         self._check(wanted)
         with self.run.locked(), disk_errors(self.run.path):
             with self._recipe_kept():
@@ -85,12 +83,16 @@ class Runner:
         allowed = min((_ORDER.index(name) for name in force), default=len(_ORDER))
         for where, what in self.other_choices(wanted):
             if _ORDER.index(where) < allowed:
-                raise UserError(f"{self.run.path}: {what}; give another --out, or --force {where}")
+                raise UserError(f"{self.run.path}: {what}; give another --out, or {self._remedy(where, wanted)}")
         for stage in wanted:
             self._bring_up_to_date(stage, stage.name in force)
-            if stage.name == "load":
-                config = CompactGPT2Config.from_pretrained(self.run.stage("load") / "model")
-                check_lengths(self.recipe.measure, config.n_positions)
+
+    def _remedy(self, where: str, wanted: Sequence[Stage]) -> str:
+        """What lets other choices of a stage, or of `measure`, in."""
+        if where == MEASURE or BY_NAME[where] in wanted:
+            return f"--force {where}"
+        later = STAGES.index(BY_NAME[where]) > STAGES.index(wanted[-1])
+        return "leave out --until" if later else f"delete {self.run.stage(where)}"
 
     def stage(self, name: str, *, force: bool = False) -> Results:
         """Make one stage from the stages before it, which must be there; then measure its quality."""
@@ -98,6 +100,7 @@ class Runner:
         if world_size() > 1:
             self._stage_with_others(stage, force)
             return Results(run={}, rows=[])
+        self._inputs(stage)
         self._check([stage])
         with self.run.locked(), disk_errors(self.run.path):
             self._acceptable(stage, force)
@@ -111,8 +114,10 @@ class Runner:
         if force:
             self.run.replaceable(stage.name)
             return
-        for _, what in self.other_choices([stage]):
-            raise UserError(f"{self.run.path}: {what}; give another --out, or --force")
+        going_on = kept_recipe(self.run.path / RECIPE) == self.recipe
+        for name, what in self.other_choices([stage]):
+            if name == stage.name or not going_on:
+                raise UserError(f"{self.run.path}: {what}; give another --out, or --force")
 
     def _results(self, stages: Sequence[str], *, latency: bool) -> Results:
         """Rows, heads and curves of finished stages."""
@@ -198,7 +203,7 @@ class Runner:
         return {source: self._digest(source) for source in stage.reads(self.recipe)}
 
     def _how_to_make(self, name: str) -> str:
-        return f"run: python -m pipeline {name} --out {self.run.path}"
+        return f"first run, by the same recipe: python -m pipeline {name} --out {self.run.path}"
 
     def _digest(self, source: str) -> str:
         if source not in self._digests:
@@ -209,11 +214,8 @@ class Runner:
         """Before anything is written: the folder is no other's, the model, texts and tasks can be had, lengths fit."""
         self._refuse_strangers()
         if BY_NAME["load"] in wanted:
-            model = resolve(self.recipe.load.source, self.recipe.load.revision)
-            with contextlib.suppress(OSError, ValueError, AttributeError):  # what is wrong there, loading says
-                positions = json.loads((model / "config.json").read_text(encoding="utf-8")).get("n_positions")
-                if isinstance(positions, int) and positions > 0:
-                    check_lengths(self.recipe.measure, positions)
+            model, _ = load.wanted(self.recipe)
+            check_lengths(self.recipe.measure, model.config.n_positions)
         evaluation = load_text(self.recipe.data.evaluation)
         for source in dict.fromkeys(source for stage in wanted for source in stage.reads(self.recipe)):
             refuse_overlap(source, load_text(source), evaluation)
@@ -315,10 +317,10 @@ class Runner:
         for name in self._inputs(stage):
             manifest = self.run.verify(name)
             if manifest.fingerprint != self.fingerprint(BY_NAME[name]):
-                changes = self._changes(BY_NAME[name], manifest, read=True)
+                changes = listed(self._changes(BY_NAME[name], manifest, read=True))
                 raise UserError(
-                    f"{self.run.stage(name)}: made with other choices than the recipe's"
-                    f"{f' ({listed(changes)})' if changes else ''}; {self._how_to_make(name)} --force"
+                    f"{self.run.stage(name)}: made with other choices than the recipe's{changes and f' ({changes})'}; "
+                    f"give another --out, or {self._how_to_make(name)} --force"
                 )
 
     def _bring_up_to_date(self, stage: Stage, force: bool) -> None:

@@ -105,6 +105,7 @@ class ShardWriter:
         while start < stop:
             number, inside = divmod(start, self.limit)
             count = min(stop - start, self.limit - inside, _PART)
+            _check_holds(self._path(number), inside + count)
             yield Shard(self._path(number), self.limit).read(inside, count)
             start += count
 
@@ -129,8 +130,10 @@ class ShardWriter:
         """Spread a full shard and the `rest` tokens after it over both."""
         kept = (self.limit + rest + 1) // 2
         moved = self.limit - kept
+        _check_holds(last, rest)
         # Once the last one has its new content, it says so, and the other one may be cut.
         if not _is_sealed(last, moved + rest):
+            _check_holds(first, self.limit)
             partial = last.with_suffix(".partial")
             with partial.open("wb") as file:
                 file.write(_header(moved + rest))
@@ -169,17 +172,19 @@ def _is_sealed(path: Path, tokens: int) -> bool:
 
 def _cut(path: Path, tokens: int) -> IO[bytes]:
     """A file of at least so many tokens, open behind them. Raises `UserError` where they are no longer there."""
-    try:
-        file = path.open("r+b")
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: missing; delete the folder and prepare it again") from error
-    length = HEADER_BYTES + 2 * tokens
-    if os.fstat(file.fileno()).st_size < length:
-        file.close()
-        raise UserError(f"{path}: shorter than it was; delete the folder and prepare it again")
-    file.truncate(length)
-    file.seek(length)
+    _check_holds(path, tokens)
+    file = path.open("r+b")
+    file.truncate(HEADER_BYTES + 2 * tokens)
+    file.seek(HEADER_BYTES + 2 * tokens)
     return file
+
+
+def _check_holds(path: Path, tokens: int) -> None:
+    """Raise `UserError` unless at least so many tokens, which were written, are still there."""
+    size = path.stat().st_size if path.is_file() else -1
+    if size < HEADER_BYTES + 2 * tokens:
+        what = "missing" if size < 0 else "shorter than it was"
+        raise UserError(f"{path}: {what}; delete the folder and prepare it again")
 
 
 def _seal(path: Path, tokens: int) -> None:

@@ -33,11 +33,12 @@ M = TypeVar("M")
 
 
 class How(NamedTuple):
-    """What a worker is told: a tokenizer.json, the end-of-text token and its place, and the style."""
+    """What a worker is told."""
 
     tokenizer: str
-    end: int
-    end_of_text: EndOfText
+    """A tokenizer.json."""
+    split_special_tokens: bool
+    """Whether a special token that is written out in a text is text: transformers keeps that in another file."""
     style: Style
 
 
@@ -123,7 +124,7 @@ class _Worker:
         self.process.wait()
 
 
-def serve(how: tuple[str, int, EndOfText, Style]) -> None:
+def serve(how: tuple[str, bool, Style]) -> None:
     """What a worker does: answers pickled batches from its input on its output, an error for what fails."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     encode: Callable[[list[bytes]], Encoded] | None = None
@@ -148,7 +149,7 @@ def encoder(how: How) -> Callable[[list[bytes]], Encoded]:
     tokenizer = Tokenizer.from_file(how.tokenizer)
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    before, after = ([how.end], []) if how.end_of_text == "before" else ([], [how.end])
+    tokenizer.encode_special_tokens = how.split_special_tokens
 
     def encode(documents: list[bytes]) -> Encoded:
         texts = [_text(raw) for raw in documents]
@@ -161,11 +162,7 @@ def encoder(how: How) -> Callable[[list[bytes]], Encoded]:
         with refusals("the tokenizer gives up on a document"):
             encodings = iter(tokenizer.encode_batch_fast([text for text in texts if text], add_special_tokens=False))
         tokens: list[np.ndarray | str] = [
-            np.array([*before, *next(encodings).ids, *after], np.uint16)
-            if text
-            else BAD_ENCODING
-            if text is None
-            else EMPTY
+            np.array(next(encodings).ids, np.uint16) if text else BAD_ENCODING if text is None else EMPTY
             for text in texts
         ]
         return list(zip(digests, tokens, strict=True))
@@ -180,8 +177,9 @@ def line_ends(tokenizer: Path) -> list[int]:
 
 
 def _text(raw: bytes) -> str | None:
-    """A document's text without the space around it; `None` if it is no UTF-8 text."""
+    """A document's text, `""` if it is nothing but space; `None` if it is no UTF-8 text."""
     try:
-        return None if b"\x00" in raw else raw.decode("utf-8").strip()
+        text = raw.decode("utf-8")
+        return None if "\x00" in text else text if text.strip() else ""
     except UnicodeDecodeError:
         return None

@@ -1,5 +1,6 @@
 """Training with the Hugging Face `Trainer`: what fine-tuning and pretraining share."""
 
+import contextlib
 import json
 import math
 import os
@@ -8,10 +9,13 @@ import shutil
 import statistics
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_model as load_weights
 from torch.nn import functional as F
 from transformers import (
@@ -26,7 +30,7 @@ from transformers import (
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK, OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from eval.errors import WorkError
+from eval.errors import UserError, WorkError
 from eval.results import save_json
 from pipeline import hardware
 from pipeline.data import IGNORE, TokenBlocks
@@ -133,6 +137,19 @@ class Clock(TrainerCallback):
         state.log_history[-1]["seconds"] = time.perf_counter() - self.begun
 
 
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Raise `UserError` where a file of a checkpoint cannot be understood."""
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError, PermissionError):  # the file may be whole
+        raise
+    except Exception as error:  # safetensors, pickle and torch raise many kinds
+        raise UserError(
+            f"{path}: damaged; delete {path.parent}, and the training goes on from the checkpoint before, or anew"
+        ) from error
+
+
 class ResumingTrainer(Trainer):
     """A `Trainer` that resumes on several processes without a GPU, too."""
 
@@ -144,7 +161,12 @@ class ResumingTrainer(Trainer):
         # By way of the CPU: where there are several, a process calls its device cpu:0, which nothing can be loaded to.
         if checkpoint is not None:
             for part, name in ((self.optimizer, OPTIMIZER_NAME), (self.lr_scheduler, SCHEDULER_NAME)):
-                part.load_state_dict(torch.load(Path(checkpoint) / name, map_location="cpu", weights_only=True))
+                with reading(Path(checkpoint) / name):
+                    part.load_state_dict(torch.load(Path(checkpoint) / name, map_location="cpu", weights_only=True))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with reading(Path(checkpoint or "") / "rng_state.pth"):
+            super()._load_rng_state(checkpoint)
 
     def whole_model(self) -> CompactGPT2LMHeadModel:
         """The model, brought together where it is spread over processes; all of them must call it."""
@@ -152,7 +174,8 @@ class ResumingTrainer(Trainer):
 
     def load_weights(self, checkpoint: Path) -> None:
         """Take the weights of a checkpoint."""
-        load_weights(self.model, checkpoint / SAFE_WEIGHTS_NAME)
+        with reading(checkpoint / SAFE_WEIGHTS_NAME):
+            load_weights(self.model, checkpoint / SAFE_WEIGHTS_NAME)
 
 
 class DistillingTrainer(ResumingTrainer):
@@ -196,16 +219,42 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def last_checkpoint(folder: Path) -> str | None:
-    """The last whole checkpoint in `folder`; what a kill cut off is deleted."""
-    for path in sorted(checkpoints(folder), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
-        try:
-            # The trainer writes this file last.
-            json.loads((path / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    """The last whole checkpoint in `folder`; what a kill cut off is deleted, what is damaged is passed over."""
+    for path in sorted(checkpoints(folder), key=_step, reverse=True):
+        if _is_whole(path):
             return str(path)
-        except (OSError, ValueError):
-            if is_main_process():
+        if is_main_process():
+            if _cut_off(path):
                 shutil.rmtree(path)
+            else:
+                print(f"{path}: damaged, so the training does not go on from it", file=sys.stderr)
     return None
+
+
+def _cut_off(checkpoint: Path) -> bool:
+    """Whether a kill came before the trainer had written all: this file is its last."""
+    try:
+        json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+        return False
+    except (OSError, ValueError):
+        return True
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether a checkpoint's files are there and can be read."""
+    try:
+        state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        with safe_open(checkpoint / SAFE_WEIGHTS_NAME, "numpy"):
+            pass
+        saved = {checkpoint / OPTIMIZER_NAME, checkpoint / SCHEDULER_NAME, *checkpoint.glob("*.pt*")}
+        told = state.global_step == _step(checkpoint) and state.log_history and state.train_batch_size
+        return bool(told) and all(ZipFile(path).testzip() is None for path in saved)
+    except Exception:  # whatever a damaged file leads its reader to
+        return False
 
 
 class Rollbacks:
@@ -213,7 +262,12 @@ class Rollbacks:
 
     def __init__(self, folder: Path):
         self.folder, self.path = folder, folder / "rollbacks.json"
-        self.steps: list[dict[str, Any]] = json.loads(self.path.read_text()) if self.path.exists() else []
+        try:
+            self.steps: list[dict[str, Any]] = json.loads(self.path.read_text()) if self.path.exists() else []
+            if not all("to" in step for step in self.steps):
+                raise ValueError("no way back")
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(f"{self.path}: damaged; give another --out, which starts anew") from error
 
     def add(self, step: int, reason: str) -> None:
         """Note a divergence; the next start is from the last checkpoint, or the one before if that led nowhere."""
@@ -248,6 +302,8 @@ def run(trainer: ResumingTrainer, name: str, spike: float | None = None) -> list
     last = last_checkpoint(Path(trainer.args.output_dir))
     state = TrainerState.load_from_json(f"{last}/{TRAINER_STATE_NAME}") if last else TrainerState()
     wanted = trainer.args.max_steps if trainer.args.max_steps > 0 else state.max_steps
+    if state.global_step > wanted:
+        raise UserError(f"{last}: further than {wanted} steps; give as many or more, or another --out")
     if last is not None and state.global_step >= wanted:
         # Resumed at its end, the trainer would take one step too many.
         trainer.load_weights(Path(last))

@@ -57,6 +57,6 @@ def styled_documents(text: str) -> Iterator[str]:
     The first line of a document is its title.
     """
     for document in text.split(DOCUMENT_MARK):
-        title, *paragraphs = [line for line in document.strip().splitlines() if line.strip()] or [""]
+        title, *paragraphs = [line for line in document.strip().split("\n") if line.strip()] or [""]
         if paragraphs:
             yield join_rows(["", f" = {styled(title).strip()} = ", "", *map(styled, paragraphs), ""])

@@ -39,7 +39,7 @@ def clean_rows(line: str) -> Iterator[str]:
 def main(source: str, target: str) -> None:
     """Write the cleaned part of `source` to `target`."""
     size, rows = 0, []
-    for line in read_text(source).splitlines():
+    for line in read_text(source).removesuffix("\n").split("\n"):
         if size >= SIZE and line.startswith(" = ") and not line.startswith(" = = "):
             break
         for row in clean_rows(line):

@@ -3,14 +3,16 @@
 import importlib
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from eval.engine import Engine
 from eval.errors import UserError
+from pipeline.options import ENGINES
 
-ENGINES = ("torch", "cuda", "openvino")
+if TYPE_CHECKING:  # it imports torch
+    from eval.engine import Engine
 
 
-def load_engine(name: str, folder: Path, *, device: str | None = None, precision: str | None = None) -> Engine:
+def load_engine(name: str, folder: Path, *, device: str | None = None, precision: str | None = None) -> "Engine":
     """The engine `name` on a model folder.
 
     `device` (not for openvino) defaults to the GPU where there is one; `precision` to what the folder

@@ -10,6 +10,7 @@ from cuda_ext import CudaExtError, Engine, ops
 from cuda_ext.packing import Packed, pack, read_shape, unsupported
 from eval.errors import UserError, reason
 from pipeline import hardware
+from pipeline.engines.inputs import check_step, check_tokens
 
 
 def why_not() -> str | None:
@@ -24,11 +25,14 @@ def why_not() -> str | None:
 
 
 def why_not_model(folder: Path) -> str | None:
-    """Why the kernels cannot run the model of a folder on any machine, in one phrase; None where they can."""
+    """Why the kernels cannot run the model of a folder on any machine, in one phrase; None where they can.
+
+    Raises `UserError` for an unusable folder.
+    """
     try:
         return unsupported(read_shape(folder))
     except CudaExtError as error:
-        return reason(error).removeprefix(f"{folder / 'config.json'}: ")
+        raise UserError(str(error)) from error
 
 
 class CudaEngine:
@@ -43,6 +47,7 @@ class CudaEngine:
         self.context = packed.shape.context
         self.vocab_size = packed.shape.vocabulary
         self._engine = Engine(packed, device=device)
+        self._batch = self._past = 0
         self.compute = "FP16 weights and activations, FP32 sums and residual stream, own kernels"
         self.compute += ", CUDA graph" if device != "cpu" else ", on the CPU (to test them: slow)"
 
@@ -64,21 +69,21 @@ class CudaEngine:
             raise UserError(str(error)) from error
 
     def logits(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """See `eval.engine.Engine`."""
+        """See `eval.engine.Engine`. It forgets the past, whose place in memory it takes."""
         return self._for(input_ids).forward(input_ids)
 
     def prefill(self, input_ids: torch.Tensor) -> torch.Tensor:
         """See `eval.engine.Engine`."""
-        if input_ids.shape[1] > self.context:
-            raise UserError(f"the text is longer than the model's context of {self.context} tokens; give a shorter one")
-        return self._for(input_ids).prefill(input_ids)
+        logits = self._for(input_ids).prefill(input_ids)
+        self._batch, self._past = input_ids.shape
+        return logits
 
     def decode(self, token_ids: torch.Tensor) -> torch.Tensor:
         """See `eval.engine.Engine`."""
-        try:
-            return self._engine.decode(token_ids).clone()
-        except CudaExtError as error:
-            raise UserError(str(error)) from error
+        check_step(token_ids, batch=self._batch)
+        self._check(token_ids[:, None], self._past)
+        self._past += 1
+        return self._engine.decode(token_ids).clone()
 
     def synchronize(self) -> None:
         """See `eval.engine.Engine`."""
@@ -86,7 +91,13 @@ class CudaEngine:
             torch.cuda.synchronize(self.device)
 
     def _for(self, input_ids: torch.Tensor) -> Engine:
+        """The engine for so large a batch, with no past."""
+        self._batch = self._past = 0
+        self._check(input_ids, 0)
         batch = input_ids.shape[0]
         if batch > self._engine.max_batch:
             self._engine = Engine(self._packed, device=self.device, max_batch=batch)
         return self._engine
+
+    def _check(self, input_ids: torch.Tensor, past: int) -> None:
+        check_tokens(input_ids, past=past, context=self.context, vocab_size=self.vocab_size)

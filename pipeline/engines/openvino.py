@@ -11,6 +11,7 @@ import torch
 from cuda_ext.configuration import read_sizes
 from cuda_ext.errors import CheckpointError
 from eval.errors import UserError
+from pipeline.engines.inputs import check_step, check_tokens
 from pipeline.engines.paged import PagedRequest, page
 from pipeline.openvino_runtime import IR_NAME, computes_bf16, import_openvino
 
@@ -58,7 +59,7 @@ class OpenVINOEngine:
         self.compute = ", ".join(f"{key}={_text(compiled.get_property(key))}" for key in _STATED)
         self._request = PagedRequest(compiled)
         self._all_positions = PagedRequest(compiled)
-        self._past = 0
+        self._batch = self._past = 0
         self._steps = self._steps_told = 0
         self._told: dict[str, float] = {}
 
@@ -89,10 +90,10 @@ class OpenVINOEngine:
         if threads is not None and threads < 1:
             raise UserError(f"threads is {threads}: give at least 1")
         context, vocab_size = _read_config(folder)
-        core = import_openvino().Core()
         xml = folder / IR_NAME
         if not xml.is_file() or not xml.with_suffix(".bin").is_file():
             raise UserError(f"{folder}: no {IR_NAME} with its .bin there; export the model with the quantize stage")
+        core = import_openvino().Core()
         options = {"PERFORMANCE_HINT": "LATENCY"}
         if threads is not None:
             options["INFERENCE_NUM_THREADS"] = str(threads)
@@ -122,26 +123,26 @@ class OpenVINOEngine:
     def logits(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Logits of all positions, past forgotten before. `[batch, length]` int64 -> `[batch, length, vocab]` FP32.
 
-        Raises `UserError` where the sequence is longer than the context.
+        Raises `UserError` for what the model has no positions or embeddings for.
         """
-        length = input_ids.shape[1]
-        self._check_room(length)
-        ids = input_ids.numpy()
+        self._check(input_ids, 0)
+        ids, length = input_ids.numpy(), input_ids.shape[1]
         return torch.from_numpy(self._all_positions.infer(ids, past=0, capacity=length, last_only=False).copy())
 
     def prefill(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Forget the past, read a prompt. `[batch, length]` int64 -> the next token's logits `[batch, vocab]` FP32.
 
-        Raises `UserError` where the prompt is longer than the context.
+        Raises `UserError` as `logits` does.
         """
-        self._past = 0
+        self._batch = self._past = 0
         return self._step(input_ids)
 
     def decode(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Append one token a sequence. `[batch]` int64 -> `[batch, vocab]` FP32.
 
-        Raises `UserError` where the context is full.
+        Raises `UserError` where the context is full, or there are not as many sequences.
         """
+        check_step(token_ids, batch=self._batch)
         return self._step(token_ids.unsqueeze(1))
 
     def for_profiling(self) -> Self:
@@ -172,16 +173,15 @@ class OpenVINOEngine:
         """Nothing to wait for: `infer` returns when it is done."""
 
     def _step(self, input_ids: torch.Tensor) -> torch.Tensor:
-        total = self._past + input_ids.shape[1]
-        self._check_room(total)
+        self._check(input_ids, self._past)
         logits = self._request.infer(input_ids.numpy(), past=self._past, capacity=self.context, last_only=True)
-        self._past = total
+        self._batch = input_ids.shape[0]
+        self._past += input_ids.shape[1]
         self._steps += 1
         return torch.from_numpy(logits[:, 0].copy())
 
-    def _check_room(self, total: int) -> None:
-        if total > self.context:
-            raise UserError(f"the sequence would have {total} tokens, the model's context is {self.context}")
+    def _check(self, input_ids: torch.Tensor, past: int) -> None:
+        check_tokens(input_ids, past=past, context=self.context, vocab_size=self.vocab_size)
 
 
 def _read_config(folder: Path) -> tuple[int, int]:

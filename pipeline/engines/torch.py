@@ -9,6 +9,7 @@ from transformers import DynamicCache
 from eval.errors import UserError
 from pipeline import hardware
 from pipeline.checkpoint import load_model
+from pipeline.engines.inputs import check_step, check_tokens
 from pipeline.model import CompactGPT2LMHeadModel
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -36,7 +37,8 @@ class TorchEngine:
             self.compute += f", threads {torch.get_num_threads()}"
         self.context = model.config.n_positions
         self.vocab_size = model.config.vocab_size
-        self.cache = DynamicCache()
+        self.cache = DynamicCache(config=model.config)
+        self._batch = 0
 
     @classmethod
     def from_folder(cls, folder: Path, *, device: str | None = None, precision: str | None = None) -> Self:
@@ -60,23 +62,26 @@ class TorchEngine:
     @torch.inference_mode()
     def logits(self, input_ids: torch.Tensor) -> torch.Tensor:
         """See `eval.engine.Engine`."""
+        check_tokens(input_ids, past=0, context=self.context, vocab_size=self.vocab_size)
         return self.model(input_ids.to(self.device), use_cache=False).logits.float()
 
     @torch.inference_mode()
     def prefill(self, input_ids: torch.Tensor) -> torch.Tensor:
         """See `eval.engine.Engine`."""
-        self.cache = DynamicCache()
+        self.cache, self._batch = DynamicCache(config=self.model.config), 0
         return self._step(input_ids)
 
     @torch.inference_mode()
     def decode(self, token_ids: torch.Tensor) -> torch.Tensor:
         """See `eval.engine.Engine`."""
+        check_step(token_ids, batch=self._batch)
         return self._step(token_ids[:, None])
 
     def _step(self, input_ids: torch.Tensor) -> torch.Tensor:
-        if self.cache.get_seq_length() + input_ids.shape[1] > self.context:
-            raise UserError(f"the text is longer than the model's context of {self.context} tokens; give a shorter one")
+        past = self.cache.get_seq_length()
+        check_tokens(input_ids, past=past, context=self.context, vocab_size=self.vocab_size)
         out = self.model(input_ids.to(self.device), past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        self._batch = input_ids.shape[0]
         return out.logits[:, -1].float()
 
     def synchronize(self) -> None:

@@ -142,6 +142,24 @@ class CompactGPT2Config(PreTrainedConfig):
         return self.window if isinstance(self.window, list) else [self.window] * self.n_layer
 
     @property
+    def sliding_window(self) -> int:
+        """The widest window, where there is one: by these two names transformers makes caches that roll (window.py)."""
+        if not any(self.windows):
+            raise AttributeError("the model has no window")
+        return max(window for window in self.windows if window)
+
+    @sliding_window.setter
+    def sliding_window(self, tokens: int) -> None:
+        self.window = [tokens if window else None for window in self.windows]
+
+    @property
+    def layer_types(self) -> list[str]:
+        """Which layers roll, where one does."""
+        if not any(self.windows):
+            raise AttributeError("the model has no window")
+        return ["sliding_attention" if window else "full_attention" for window in self.windows]
+
+    @property
     def grouped(self) -> bool:
         """Whether query heads share key/value heads."""
         return self.n_kv_head < self.n_head

@@ -36,7 +36,7 @@ def from_gpt2(model: GPT2LMHeadModel) -> CompactGPT2LMHeadModel:
     """A CompactGPT2 with the same weights, dtype, device and function as Hugging Face's model.
 
     Raises `ValueError` for GPT-2 variants that compute something else (untied head, cross-attention,
-    attention scaled by layer).
+    attention scaled by layer), whether the configuration says so or the weights do.
     """
     config = model.config
     for field, wanted in {
@@ -48,21 +48,23 @@ def from_gpt2(model: GPT2LMHeadModel) -> CompactGPT2LMHeadModel:
     }.items():
         if getattr(config, field, wanted) != wanted:
             raise ValueError(f"this GPT-2 has {field}={getattr(config, field)}; only {wanted} is supported")
+    check_tied(model)
     compact = CompactGPT2Config(**{field: getattr(config, field) for field in _SHARED_FIELDS})
     return _transfer(model, CompactGPT2LMHeadModel(compact))
 
 
 def to_gpt2(model: CompactGPT2LMHeadModel) -> GPT2LMHeadModel:
-    """Hugging Face's GPT-2 with the same weights and function.
+    """Hugging Face's GPT-2 with the same weights and function, a head of its own where `model` has one.
 
-    Raises `ValueError` for a pruned model or a variant, which stock GPT-2 cannot express, and for an untied head.
+    Raises `ValueError` for a pruned model or a variant, which stock GPT-2 cannot express.
     """
     config = model.config
     if config.variants:
         raise ValueError(f"a CompactGPT2 with {' and '.join(config.variants)} has no stock GPT-2 form")
     if config.pruned or config.head_dim * config.n_head != config.n_embd:
         raise ValueError("a pruned CompactGPT2 has no stock GPT-2 form: save it with save_pretrained instead")
-    return _transfer(model, GPT2LMHeadModel(GPT2Config(**{field: getattr(config, field) for field in _SHARED_FIELDS})))
+    fields = {field: getattr(config, field) for field in _SHARED_FIELDS} | {"tie_word_embeddings": _tied(model)}
+    return _transfer(model, GPT2LMHeadModel(GPT2Config(**fields)))
 
 
 def to_grouped(model: CompactGPT2LMHeadModel, n_kv_head: int) -> CompactGPT2LMHeadModel:
@@ -101,22 +103,18 @@ def to_windowed(model: CompactGPT2LMHeadModel, window: int | list[int | None]) -
 def rebuilt(
     model: CompactGPT2LMHeadModel, config: CompactGPT2Config, state: Mapping[str, torch.Tensor]
 ) -> CompactGPT2LMHeadModel:
-    """A model of `config` with `state`, and all else as `model` has it.
-
-    Raises `ValueError` where `config` ties the head and `model`'s is another than its token embedding.
-    """
-    if config.tie_word_embeddings:
-        check_tied(model)
+    """A model of `config` with `state`, and all else as `model` has it."""
+    config.tie_word_embeddings = config.tie_word_embeddings and _tied(model)
     result = CompactGPT2LMHeadModel(config).to(model.device, model.dtype)
     result.load_state_dict(state)
     result.generation_config = copy.deepcopy(model.generation_config)
+    result.set_attn_implementation(model.config._attn_implementation)
     return result.train(model.training)
 
 
-def check_tied(model: Any) -> None:
+def check_tied(model: GPT2LMHeadModel | CompactGPT2LMHeadModel) -> None:
     """Raise `ValueError` if a model's head is another matrix than its token embedding, whatever its config says."""
-    head, table = model.lm_head.weight, model.transformer.wte.weight
-    if head is not table and not torch.equal(head, table):
+    if not _tied(model):
         raise ValueError("lm_head.weight differs from transformer.wte.weight: an untied head is not supported")
 
 
@@ -128,20 +126,29 @@ def in_fp32(model: CompactGPT2LMHeadModel) -> CompactGPT2LMHeadModel:
     return copy.deepcopy(model, memo).eval()
 
 
+def _tied(model: GPT2LMHeadModel | CompactGPT2LMHeadModel) -> bool:
+    """Whether the head is the embedding, whatever the configuration says."""
+    head, embedding = model.lm_head.weight, model.transformer.wte.weight
+    return head is embedding or torch.equal(head, embedding)
+
+
 def _transfer(source, target):
-    """Copy all weights of `source` into `target`, whose head is tied, transposing where the two layouts differ."""
-    check_tied(source)
-    state = {key: value for key, value in source.state_dict().items() if key != "lm_head.weight"}
-    wanted = {key: value.shape for key, value in target.state_dict().items() if key != "lm_head.weight"}
+    """Copy all weights of `source` into `target`, transposing where the two layouts differ."""
+    tied = target.config.tie_word_embeddings
+    state, wanted = (
+        {key: value for key, value in model.state_dict().items() if not (tied and key == "lm_head.weight")}
+        for model in (source, target)
+    )
     if state.keys() != wanted.keys():
         raise ValueError(f"keys differ: {sorted(state.keys() ^ wanted.keys())[:4]}")
     converted: dict[str, torch.Tensor] = {}
     for key, value in state.items():
         value = value.t() if key.endswith(_TRANSPOSED) else value
-        if value.shape != wanted[key]:
-            raise ValueError(f"{key} has shape {tuple(value.shape)}, expected {tuple(wanted[key])}")
+        if value.shape != wanted[key].shape:
+            raise ValueError(f"{key} has shape {tuple(value.shape)}, expected {tuple(wanted[key].shape)}")
         converted[key] = value.detach().clone().contiguous()
     target.load_state_dict(converted, strict=False, assign=True)
     target.tie_weights()
     target.generation_config = source.generation_config
+    target.set_attn_implementation(source.config._attn_implementation)
     return target.train(source.training)

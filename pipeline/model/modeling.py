@@ -1,6 +1,9 @@
 """CompactGPT2: GPT-2 (Radford et al. 2019) over `nn.Linear`, with its own head count in each layer."""
 
+import copy
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,6 +15,10 @@ from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
 
 # Relative, for an export ships these files as they are.
 from .configuration import CompactGPT2Config
@@ -20,6 +27,30 @@ from .rope import Rotary, rotate
 from .window import rolling, whole, windowed
 
 Rotation = tuple[torch.Tensor, torch.Tensor]
+Attend = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
+"""One of transformers' attention functions: q, k, v `[batch, heads, length, head_dim]` and a mask -> `[batch, length,
+heads, head_dim]` and, where it has them, the weights `[batch, heads, length, keys]`."""
+
+_SERVED = {"num_items_in_batch", "is_causal", "output_attentions", "output_hidden_states"}
+"""Arguments that `forward` does not name: the loss, the attention and transformers' own decorators read them."""
+
+
+def eager_attention(
+    module: nn.Module,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    **_: object,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention step by step (Vaswani et al. 2017, arXiv 1706.03762, section 3.2.1), which so can tell its weights."""
+    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+    if mask is not None:
+        hidden = torch.finfo(scores.dtype).min
+        scores = scores.masked_fill(~mask, hidden) if mask.dtype == torch.bool else scores + mask
+    weights = F.dropout(scores.softmax(dim=-1).to(v.dtype), dropout, module.training)
+    return (weights @ v).transpose(1, 2), weights
 
 
 class Attention(nn.Module):
@@ -50,9 +81,16 @@ class Attention(nn.Module):
         self.resid_dropout = nn.Dropout(config.resid_pdrop)
 
     def forward(
-        self, x: torch.Tensor, mask: torch.Tensor | None, cache: Cache | None, rotation: Rotation | None = None
-    ) -> torch.Tensor:
-        """`[batch, length, n_embd]` -> the same shape; appends to `cache` if there is one."""
+        self,
+        x: torch.Tensor,
+        mask: torch.Tensor | None,
+        cache: Cache | None,
+        rotation: Rotation | None,
+        attend: Attend,
+        is_causal: bool | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`[batch, length, n_embd]` -> the same shape, and the weights where `attend` tells them; appends to `cache` if
+        there is one."""
         batch, length, _ = x.shape
         projected = self.c_attn(x)
         parts = projected if isinstance(projected, tuple) else projected.chunk(3, dim=-1)
@@ -62,21 +100,14 @@ class Attention(nn.Module):
         sizes = self.group_sizes
         if self.fill_groups:
             k, v, sizes = shared(k, sizes), shared(v, sizes), [1] * self.n_head
+        if self.window is not None:
+            mask = windowed(mask, self.window, length, cache, self.layer, x.device)
         if cache is not None:
             k, v = cache.update(k, v, self.layer)
-        if self.window is not None:
-            mask = windowed(mask, self.window, length, k.shape[2], x.device)
         k, v = shared(k, sizes), shared(v, sizes)
-        y = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=mask,
-            dropout_p=self.attn_pdrop if self.training else 0.0,
-            # No mask with several queries means plain causal; a single query sees all of the past.
-            is_causal=mask is None and length > 1,
-        )
-        return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(batch, length, -1)))
+        dropout = self.attn_pdrop if self.training else 0.0
+        y, weights = attend(self, q, k, v, mask, dropout=dropout, is_causal=is_causal)
+        return self.resid_dropout(self.c_proj(y.reshape(batch, length, -1))), weights
 
     def qkv_weights(self) -> torch.Tensor:
         """The rows of `c_attn` that make each head's q, k and v, `[3, heads, head_dim, n_embd]`; heads of one group
@@ -114,9 +145,15 @@ class Block(GradientCheckpointingLayer):
         self.mlp = MLP(config)
 
     def forward(
-        self, x: torch.Tensor, mask: torch.Tensor | None, cache: Cache | None, rotation: Rotation | None = None
+        self,
+        x: torch.Tensor,
+        mask: torch.Tensor | None,
+        cache: Cache | None,
+        rotation: Rotation | None,
+        attend: Attend,
+        is_causal: bool | None = None,
     ) -> torch.Tensor:
-        x = x + self.attn(self.ln_1(x), mask, cache, rotation)
+        x = x + self.attn(self.ln_1(x), mask, cache, rotation, attend, is_causal)[0]
         return x + self.mlp(self.ln_2(x))
 
 
@@ -127,8 +164,29 @@ class CompactGPT2PreTrainedModel(PreTrainedModel):
     base_model_prefix = "transformer"
     supports_gradient_checkpointing = True
     _no_split_modules = ["Block"]
-    _skip_keys_device_placement = "past_key_values"
+    _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": Block, "attentions": Attention}
+
+    @staticmethod
+    def create_masks_for_generate(
+        config: CompactGPT2Config,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        past_key_values: Cache | None,
+        position_ids: torch.Tensor | None = None,
+        **_: object,
+    ) -> torch.Tensor | None:
+        """The mask of which each layer takes its part; so named, for `generate` makes it ahead of a compiled step."""
+        return create_causal_mask(
+            config=config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=whole(past_key_values, config),
+            position_ids=position_ids,
+        )
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -169,6 +227,8 @@ class CompactGPT2Model(CompactGPT2PreTrainedModel):
     def set_input_embeddings(self, value: nn.Embedding) -> None:
         self.wte = value
 
+    @merge_with_config_defaults
+    @capture_outputs
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -177,47 +237,75 @@ class CompactGPT2Model(CompactGPT2PreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
-        **kwargs: object,
+        token_type_ids: torch.Tensor | None = None,
+        **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """`input_ids` int64 or `inputs_embeds`, `[batch, length(, n_embd)]` -> `[batch, length, n_embd]`.
 
-        `attention_mask` is `[batch, past + length]`, 1 where there is text and 0 where there is padding.
+        `attention_mask` is `[batch, past + length]`, 1 where there is text and 0 where there is padding, or what
+        attention takes itself, `[batch, 1, length, past + length]`. `token_type_ids` `[batch, length]` are embedded as
+        tokens and added, as in GPT-2. With `output_attentions` the call computes attention step by step, whatever the
+        model's `attn_implementation`.
+
+        Raises `TypeError` for an argument that nothing here reads, `ValueError` where learned positions run out.
         """
+        _refuse_unknown(kwargs)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
+        if kwargs.get("is_causal") is False and any(self.config.windows):
+            raise ValueError("is_causal=False: sliding windows look back alone")
         if inputs_embeds is None:
             inputs_embeds = self.wte(input_ids)
-        use_cache = self.config.use_cache if use_cache is None else use_cache
-        if self.gradient_checkpointing and self.training:
-            use_cache = False
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         rolling(past_key_values, self.config)
         if position_ids is None:
             past = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device).unsqueeze(0) + past
-        mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            past_key_values=whole(past_key_values, self.config),
-            position_ids=position_ids,
-        )
+        config = self.config
+        if kwargs.get("output_attentions", config.output_attentions) and config._attn_implementation != "eager":
+            config = copy.copy(config)
+            config._attn_implementation = "eager"
+        if attention_mask is not None and attention_mask.ndim not in (2, 4):
+            attention_mask = attention_mask.view(inputs_embeds.shape[0], -1)
+        mask = self.create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values, position_ids)
         rotation = None
         if self.config.position == "learned":
+            self._check_positions(position_ids, past_key_values)
             inputs_embeds = inputs_embeds + self.wpe(position_ids)
         else:
             rotation = self.rotary(position_ids)
+        if token_type_ids is not None:
+            inputs_embeds = inputs_embeds + self.wte(token_type_ids)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, eager_attention)
         x = self.drop(inputs_embeds)
+        # Recomputed layers would append to the cache twice.
+        cache = None if self.gradient_checkpointing and self.training else past_key_values
         for block in self.h:
-            x = block(x, mask, past_key_values, rotation)
+            x = block(x, mask, cache, rotation, attend, kwargs.get("is_causal"))
         return BaseModelOutputWithPast(
             last_hidden_state=self.ln_f(x), past_key_values=past_key_values if use_cache else None
         )
 
+    def _check_positions(self, position_ids: torch.Tensor, cache: Cache | None) -> None:
+        """Raise `ValueError` where there are more positions than were learned: a GPU would only say that it failed.
+
+        A GPU's values, for which the host must wait, are looked at only where the shapes leave room for doubt: padding
+        may make a text longer than its positions.
+        """
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or not position_ids.numel():
+            return
+        reach, end = position_ids.shape[-1], self.config.n_positions
+        if cache is not None:
+            past = cache.get_seq_length()
+            # A static cache counts on the device, too.
+            reach = cache.max_cache_len if isinstance(past, torch.Tensor) else past + reach
+        if (reach > end or position_ids.device.type == "cpu") and (last := int(position_ids.max())) >= end:
+            raise ValueError(f"the text has {last + 1} tokens, the model {end} positions; give a shorter one")
+
 
 class CompactGPT2LMHeadModel(CompactGPT2PreTrainedModel, GenerationMixin):
-    """The language model: the body and an output projection tied to the token embedding."""
+    """The language model: the body and an output projection, tied to the token embedding or of its own."""
 
     _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}
 
@@ -234,6 +322,7 @@ class CompactGPT2LMHeadModel(CompactGPT2PreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
         self.lm_head = new_embeddings
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -244,7 +333,8 @@ class CompactGPT2LMHeadModel(CompactGPT2PreTrainedModel, GenerationMixin):
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        **kwargs: object,
+        token_type_ids: torch.Tensor | None = None,
+        **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """As the body; logits are `[batch, length or logits_to_keep, vocab_size]`.
 
@@ -257,6 +347,9 @@ class CompactGPT2LMHeadModel(CompactGPT2PreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            token_type_ids=token_type_ids,
+            return_dict=True,  # whatever the configuration says of what this method returns
+            **kwargs,
         )
         hidden = body.last_hidden_state
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -264,4 +357,17 @@ class CompactGPT2LMHeadModel(CompactGPT2PreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=body.past_key_values)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=body.past_key_values,
+            hidden_states=body.hidden_states,
+            attentions=body.attentions,
+        )
+
+
+def _refuse_unknown(arguments: dict[str, Any]) -> None:
+    """Raise `TypeError` for an argument that asks for something and that nothing reads."""
+    for name, value in arguments.items():
+        if value is not None and name not in _SERVED:
+            raise TypeError(f"CompactGPT2 got an unexpected keyword argument {name!r}")

@@ -3,11 +3,13 @@
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from eval.errors import UserError
 from pipeline.artifacts import fingerprint, sha256_file
-from pipeline.checkpoint import check_folder, load_model, save_model
+from pipeline.checkpoint import check_generation, load_model, save_model
 from pipeline.hub import WANTED, resolve
-from pipeline.model import to_grouped, to_windowed
+from pipeline.model import CompactGPT2LMHeadModel, to_grouped, to_windowed
 from pipeline.recipe import Recipe
 from pipeline.stages.job import Job
 from pipeline.tokenizer import load_tokenizer, stored_state
@@ -29,12 +31,8 @@ def content_fingerprint(folder: Path) -> str:
 
 
 def config(recipe: Recipe) -> dict[str, Any]:
-    """The part of the recipe that decides this stage, with the content of the model it names.
-
-    Raises `UserError` where that model is none that can be loaded: here, for here nothing is written yet.
-    """
+    """The part of the recipe that decides this stage, with the content of the model it names."""
     folder = resolve(recipe.load.source, recipe.load.revision)
-    check_folder(folder)
     conversions = recipe.load.model_dump(include=_CONVERSIONS, exclude_none=True)
     # Copies of such a tokenizer that earlier versions made, and all that was made with them, are not up to date.
     cleaned = {"left_out": sorted(stored_state(folder))} if stored_state(folder) else {}
@@ -44,10 +42,18 @@ def config(recipe: Recipe) -> dict[str, Any]:
 
 def build(job: Job) -> dict[str, Any]:
     """Write `model/`: the FP32 model, as a variant where the recipe asks for one, and its tokenizer."""
-    folder = resolve(job.recipe.load.source, job.recipe.load.revision)
+    model, tokenizer = wanted(job.recipe)
+    save_model(model, tokenizer, job.out / "model")
+    return {"parameters": model.num_parameters()}
+
+
+def wanted(recipe: Recipe) -> tuple[CompactGPT2LMHeadModel, PreTrainedTokenizerBase]:
+    """What the stage is to write. Raises `UserError` where the recipe's model is none that can be loaded."""
+    choices = recipe.load
+    folder = resolve(choices.source, choices.revision)
     model = load_model(folder)
+    check_generation(folder)
     tokenizer = load_tokenizer(folder, model.config.vocab_size)
-    choices = job.recipe.load
     try:
         if choices.n_kv_head is not None:
             model = to_grouped(model, choices.n_kv_head)
@@ -55,5 +61,4 @@ def build(job: Job) -> dict[str, Any]:
             model = to_windowed(model, choices.window)
     except ValueError as error:
         raise UserError(f"recipe, load: {error}") from error
-    save_model(model, tokenizer, job.out / "model")
-    return {"parameters": model.num_parameters()}
+    return model, tokenizer

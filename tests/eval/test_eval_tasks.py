@@ -203,7 +203,7 @@ def test_documents_from_files(tmp_path: Path) -> None:
     (place / "hellaswag_val.jsonl").write_text("\n".join(map(json.dumps, lines)))
     assert load_documents("hellaswag", tmp_path) == packed
     passages = ['"Well"?\n\nI saw a  cat', "one two"]
-    (tmp_path / "lambada_test.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in passages))
+    (tmp_path / "lambada_test.jsonl").write_text("\n".join(json.dumps({"text": text}) + "\n" for text in passages))
     assert load_documents("lambada", tmp_path).rows == [
         {"query": '"Well"?\n\nI saw a ', "choices": ["cat"], "gold": 0},
         {"query": "one", "choices": ["two"], "gold": 0},
@@ -223,6 +223,10 @@ def test_documents_from_files(tmp_path: Path) -> None:
         ("hellaswag_val.jsonl", b"3\n", "damaged at document 1"),
         ("hellaswag_val.jsonl", b'{"ctx": 3, "endings": ["a", "b", "c", "d"], "label": 0}\n', "4 endings and a label"),
         ("hellaswag_val.jsonl", b'{"ctx": "a", "endings": [1, 2, 3, 4], "label": 0}\n', "4 endings and a label"),
+        ("hellaswag_val.jsonl", b'{"ctx": "a", "endings": "abcd", "label": 0}\n', "4 endings and a label"),
+        ("hellaswag_val.jsonl", b'{"ctx": "a", "endings": ["a", "b", "c", "d"], "label": 1.7}\n', "damaged"),
+        ("hellaswag_val.jsonl", b'{"ctx": "a", "endings": ["a", "b", "c", "d"], "label": true}\n', "damaged"),
+        ("lambada_test.jsonl", b'{"text": null}\n', "a passage of two words"),
         ("lambada_test.jsonl", b"[" * 99_999, "damaged at document 1"),
         ("lambada_test.jsonl", b'{"text": "half \\ud83d"}\n', "damaged at document 1"),
         ("lambada_test.jsonl", b'{"text": "word"}\n', "a passage of two words"),

@@ -118,7 +118,9 @@ def test_a_stage_without_manifest_and_none_at_all(run: RunFolder) -> None:
 )
 def test_a_file_that_is_not_what_the_manifest_says(run: RunFolder, harm: Any, said: str) -> None:
     harm(run.stage("prune") / "model" / "weights")
-    with pytest.raises(UserError, match=f"model/weights: {said}; make the stage again with --force prune"):
+    with pytest.raises(
+        UserError, match=f"model/weights: {said}; make the stage again: python -m pipeline run --out .* --force prune"
+    ):
         run.verify("prune")
 
 
@@ -130,6 +132,15 @@ def test_one_process_at_a_time(run: RunFolder) -> None:
         other.wait()
         with run.locked():  # though the child that it forked lives on
             pass
+
+
+def test_a_disk_without_locks(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.lockf", refuse)
+    with pytest.raises(UserError, match=r"files cannot be locked there .* give an --out on another disk"), run.locked():
+        pass
 
 
 @pytest.mark.parametrize(

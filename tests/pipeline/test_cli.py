@@ -4,17 +4,23 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
+from typer.main import get_command_from_info
 
 from eval.perplexity import perplexity
+from pipeline import options
 from pipeline.checkpoint import load_model
-from pipeline.cli import app
+from pipeline.cli import app, data
 from pipeline.data import encode
-from pipeline.engines.torch import TorchEngine
+from pipeline.engines.openvino import _HINTS
+from pipeline.engines.torch import _DTYPES, TorchEngine
+from pipeline.stages import BY_NAME
 from pipeline.texts import load_text
 
 ROOT = Path(__file__).parents[2]
@@ -60,6 +66,20 @@ def test_help_needs_no_heavy_import() -> None:
         ["pretrain", "--set", "model.n_kv_head=3"],
         ["scaling", "--set", "pretrain.model.n_head=x"],
         ["run", "--colour", "red"],
+        ["run", "--until", "pruned"],
+        ["run", "--force", "prune", "--force", "measured"],
+        ["finetune", "--track", "wandb"],
+        ["sweep", "--grid", "prune.ratio=0.2", "--launcher", "slurm"],
+        ["evaluate", "embedded", "--engine", "onnx"],
+        ["evaluate", "embedded", "--tasks", "lambada,glue"],
+        ["generate", "embedded", "--prompt", "x", "--device", "gpu"],
+        ["bench", "embedded", "--engine", ""],
+        ["compare", "embedded", "embedded", "--precision", "fp32", "--precision", "fp64"],
+        ["profile", "embedded", "--engine", "Torch"],
+        ["export", "runs/demo", "--to", "x", "--precision", "int8"],
+        ["data", "prepare", "x", "--out", "y", "--style", "markdown"],
+        ["run", "--out", ""],
+        ["evaluate", ""],
     ],
 )
 def test_a_mistyped_choice_is_refused_before_any_heavy_import(words: list[str]) -> None:
@@ -80,7 +100,7 @@ def test_a_mistyped_choice_is_refused_before_any_heavy_import(words: list[str]) 
     [
         (["generate", "x", "--prompt", os.fsdecode(b"\xff")], 2, "holds bytes that are no utf-8 text"),
         (["run", "--out", os.fsdecode(b"\xff")], 2, "holds bytes that are no utf-8 text"),
-        (["evaluate", "x" * 300], 2, "File name too long; give a shorter path"),
+        (["evaluate", "x" * 300], 2, "File name too long); give another"),
         (["run", "--recipe", "x" * 300], 2, "File name too long"),
     ],
 )
@@ -126,6 +146,33 @@ def test_what_nobody_foresaw_is_one_line(cli, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("pipeline.doctor.diagnose", lambda: bytearray(1 << 62))
     code, _, err = cli("doctor")
     assert (code, err.count("\n")) == (1, 1) and err.startswith("failed: not enough memory")
+
+
+def test_the_names_that_options_know() -> None:
+    assert (*BY_NAME,) == options.STAGES and {*_DTYPES, *_HINTS} == {*options.PRECISIONS}
+
+
+def test_a_tilde_that_no_shell_expanded(cli, tiny_recipe: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(tiny_recipe, tmp_path / "recipe.yaml")
+    assert cli("run", "--recipe=~/recipe.yaml", "--out=~/run", "--until", "load")[0] == 0
+    assert (tmp_path / "run/results.json").exists() and not (tmp_path / "~").exists()
+    assert cli("report", "~/run")[0] == 0
+
+
+def test_profile_and_compare_tell_of_stages_made_again(run_copy: Path, tiny_texts: dict[str, Path], cli) -> None:
+    shutil.rmtree(run_copy / "quantize")
+    path = run_copy / "prune" / "stage.json"
+    manifest = json.loads(path.read_text())
+    manifest["seconds"], manifest["files"]["model/no"] = 1, "0" * 64
+    path.write_text(json.dumps(manifest))
+    said = f"note: {run_copy}: prune was made again after these results were measured: they tell of other files.\n"
+    models = (run_copy / "half/model", run_copy / "prune/model")
+    code, _, err = cli("compare", *models, "--text", tiny_texts["evaluation"], "--tokens", 40)
+    assert code == 0 and err.count(said) == 1
+    code, _, err = cli("profile", run_copy, "--out", run_copy.parent / "traces", "--precision", "int8")
+    assert code == 2 and err.startswith(said)
 
 
 def test_results_beside_other_stages_are_told(run_copy: Path, finished_run: Path, cli) -> None:
@@ -175,7 +222,7 @@ def test_results_beside_other_stages_are_told(run_copy: Path, finished_run: Path
 def test_misuse(words: list[str], cli) -> None:
     code, stdout, err = cli(*words)
     assert (code, stdout) == (2, "")
-    assert err.startswith("Usage: ") and "Error: " in err.splitlines()[-1] and "Traceback" not in err
+    assert err.startswith("error: ") and err.endswith(" --help)\n") and err.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -191,8 +238,8 @@ def test_misuse(words: list[str], cli) -> None:
         (["--set", "prune=3"], "prune is 3"),
         (["--set", "prune.ratio.deep=3"], "prune.ratio is {'deep': 3}"),
         (["--set", "seed=-1"], "seed is -1"),
-        (["--until", "nothing"], "--until nothing: no such stage; give one of load, half"),
-        (["--force", "nothing"], "--force nothing: no such stage; give one of load, half"),
+        (["--until", "nothing"], "--until nothing: give load, half"),
+        (["--force", "nothing"], "--force nothing: give load, half"),
         (["--set", "load.source=./no/model"], "model ./no/model: no such folder"),
         (["--set", "data.train=no.txt"], "no.txt: No such file"),
         (["--set", "measure.tasks.names=[glue]"], "measure.tasks.names.0 is 'glue'"),
@@ -222,14 +269,17 @@ def test_a_broken_recipe_file(cli, tmp_path: Path) -> None:
     ("words", "said"),
     [
         (["evaluate", "./nowhere"], "model ./nowhere: no such folder"),
-        (["evaluate", "{model}", "--engine", "onnx"], "engine 'onnx': unknown"),
+        (["evaluate", "{model}", "--engine", "onnx"], "--engine onnx: give torch, cuda or openvino"),
         (["evaluate", "{model}", "--engine", "openvino"], "no openvino_model.xml"),
         (["evaluate", "{model}", "--text", "no.txt"], "no.txt: No such file"),
         (["evaluate", "{model}", "--text", "{text}", "--context", "49"], "at most 48"),
         (["evaluate", "{model}", "--text", "{text}", "--stride", "49"], "stride is 49"),
-        (["evaluate", "{model}", "--tasks", "glue"], "task glue: unknown; give one of hellaswag, lambada"),
+        (["evaluate", "{model}", "--tasks", "glue"], "--tasks glue: give hellaswag, lambada or hellaswag,lambada"),
         (["evaluate", "{model}", "--tasks", "lambada", "--task-data", "no"], "no lambada_test*.jsonl below no"),
         (["evaluate", "./nowhere", "--tasks", "lambada", "--task-data", "{tasks}"], "./nowhere: no such folder"),
+        (["evaluate", "{model}", "--tasks", "lambada", "--stride", "3"], "--stride 3: does not go with --tasks"),
+        (["evaluate", "{model}", "--tasks", "lambada", "--text", "{text}"], "does not go with --tasks"),
+        (["evaluate", "{model}", "--text", "{text}", "--limit", "3"], "--limit 3: goes with --tasks"),
         (["generate", "{model}", "--prompt", ""], "the prompt is empty"),
         (["generate", "{model}", "--prompt", "a", "--top-k", "0"], "top_k >= 1"),
         (["generate", "./nowhere", "--prompt", "a", "--top-p", "nan"], "top_p <= 1"),
@@ -237,20 +287,23 @@ def test_a_broken_recipe_file(cli, tmp_path: Path) -> None:
         (["generate", "./nowhere", "--prompt", "a", "--temperature", "inf"], "a finite temperature"),
         (["generate", "./nowhere", "--prompt", "a", "--seed", str(10**30)], "more than 64 bits"),
         (["generate", "./nowhere", "--prompt", "a", "--seed", str(-(10**30))], "more than 64 bits"),
-        (["generate", "./nowhere", "--prompt", "a\udcff"], "not UTF-8 text"),
+        (["generate", "./nowhere", "--prompt", "a\udcff"], "holds bytes that are no utf-8 text"),
         (["generate", "{model}", "--prompt", "a", "--max-new-tokens", str(10**30)], "exceed the context of 48"),
         (["bench", "{model}", "{model}"], "named twice"),
         (["bench", "{embedded}", "{model}", "--device", "cpu"], "has no token"),
         (["compare", "{model}", "./nowhere"], "./nowhere: no such folder"),
         (["compare", "{model}", "{model}", *["--device", "cpu"] * 3], "--device is given 3 times for two models"),
-        (["compare", "{model}", "{model}", "--precision", "fp32", "--precision", "int4"], "precision 'int4'"),
+        (
+            ["compare", "{model}", "{model}", "--precision", "fp32", "--precision", "int4"],
+            "--precision int4: give fp32",
+        ),
         (["compare", "{model}", "{embedded}"], "their tokenizers cut the text otherwise"),
         (["report", "nowhere"], "nowhere/results.json: No such file"),
         (["report", "nowhere", "else"], "nowhere/results.json: No such file"),
         (["report", "nowhere", "nowhere/"], "nowhere and nowhere are one run; give two"),
         (["report", "nowhere", "--out", "page.html"], "goes with two runs"),
         (["pretrain", "--text", "no.txt", "--out", "{out}"], "no.txt: No such file"),
-        (["half", "--out", "{out}"], "no such stage; run: python -m pipeline load"),
+        (["half", "--out", "{out}"], "no such stage; first run, by the same recipe: python -m pipeline load"),
     ],
 )
 def test_a_mistake_in_another_verb_is_one_line(
@@ -267,6 +320,24 @@ def test_a_mistake_in_another_verb_is_one_line(
     assert (code, stdout) == (2, ""), err
     last = err.splitlines()[-1]
     assert last.startswith("error: ") and said in last and "Traceback" not in err
+
+
+def test_home_is_found_where_no_shell_looks(cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.yaml").write_text("nonsense: 1\n")
+    for words in (("run", "--recipe=~/mine.yaml"), ("pretrain", "--text=~/mine.yaml", "--recipe=~/mine.yaml")):
+        assert "nonsense" in cli(*words)[2]
+    assert f"error: {tmp_path}/none/results.json" in cli("report", "~/none")[2]
+    assert f"{tmp_path}/out" in cli("half", "--out=~/out")[2] and not Path("~").exists()
+    verbs = [*app.registered_commands, *data.registered_commands]
+    commands = [get_command_from_info(verb, pretty_exceptions_short=False, rich_markup_mode=None) for verb in verbs]
+    plain = [
+        option.name
+        for command in commands
+        for option in command.params
+        if isinstance(option.type, click.Path) and not isinstance(option.type, options.PathWord)
+    ]
+    assert not plain, "these take a path without looking for ~"
 
 
 def test_run_speaks_json(run_copy: Path, cli) -> None:
@@ -360,7 +431,7 @@ def test_results_that_are_json_but_wrong_are_one_line(run_copy: Path, finished_r
         "report": ("report", run_copy),
         "against": ("report", finished_run, run_copy),
         "profile": ("profile", run_copy, "--out", run_copy / "traces", "--engine", "torch", "--device", "cpu"),
-        "export": ("export", run_copy, "--to", run_copy / "exported"),
+        "export": ("export", run_copy, "--to", run_copy.parent / "exported"),
     }
     code, stdout, err = cli(*commands[verb])
     (place,) = damage

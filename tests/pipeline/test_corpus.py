@@ -15,7 +15,7 @@ MARK = b"<|endoftext|>"
 
 def walk(source: Source) -> list[tuple[bytes, str]]:
     """Each document, with the position after it as JSON."""
-    return [(document, json.dumps(source.position)) for document in source.documents()]
+    return [(document, json.dumps(source.position)) for document, _ in source.pieces()]
 
 
 def write(folder: Path, content: bytes, packed: bool) -> TextFile:
@@ -31,7 +31,7 @@ def test_marks_part_documents(count: int, packed: bool, tmp_path: Path) -> None:
         :count
     ]
     found = walk(write(tmp_path, MARK.join(documents), packed))
-    assert [document for document, _ in found] == documents
+    assert [document for document, _ in found] == [document.strip() for document in documents]
 
 
 @pytest.mark.parametrize("longest", [5, 64, 65, 1000])
@@ -40,20 +40,22 @@ def test_any_position_goes_on_the_same(
     longest: int, packed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(corpus, "LONGEST", longest)
-    content = MARK.join(
-        [
-            b"a line\nand a longer line of words\n" * 7,
-            b"",
-            "äöü猫🐈".encode() * 40,
-            b"word " * 50,
-            b"z" * longest,
-            b"end",
-        ]
-    )
-    file = write(tmp_path, content, packed)
+    documents = [
+        b"a line\nand a longer line of words\n" * 7 + b"end",
+        b"",
+        "äöü猫🐈".encode() * 40,
+        b"word " * 50 + b".",
+        b"z" * longest,
+        b"end",
+    ]
+    file = write(tmp_path, (b"\n" + MARK + b" ").join(documents), packed)
     found = walk(file)
-    assert max(len(document) for document, _ in found) <= longest
-    assert b"".join(document for document, _ in found) == content.replace(MARK, b"")
+    assert max(len(piece) for piece, _ in found) <= longest
+    joined = [b""]
+    for piece, ends in TextFile(file.path).pieces():
+        joined[-1] += piece
+        joined += [b""] * ends
+    assert joined == [*documents, b""]
     for number, (_, position) in enumerate(found):
         again = TextFile(file.path)
         again.position = json.loads(position)
@@ -125,7 +127,7 @@ def test_a_streamed_dataset_goes_on_from_any_row(dataset: Path) -> None:
         for further, (_, later) in enumerate(rest, number + 1):  # a position reached by going on is one, too
             once_more = HubRows(name)
             once_more.position = json.loads(later)
-            assert list(once_more.documents()) == [document for document, _ in found[further + 1 :]]
+            assert [row for row, _ in once_more.pieces()] == [document for document, _ in found[further + 1 :]]
 
 
 def test_datasets_without_text(dataset: Path, tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ def test_mistakes(folder: Path, tiny_folder: Path) -> None:
         with pytest.raises(UserError, match="--engine torch"):
             load_engine("cuda", folder)
     engine = load_engine("cuda", folder, device="cpu")
-    with pytest.raises(UserError, match="context of 40"):
+    with pytest.raises(UserError, match="41 tokens, the model 40 positions"):
         engine.prefill(torch.ones(1, 41, dtype=torch.long))
 
 

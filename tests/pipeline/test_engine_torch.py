@@ -1,5 +1,6 @@
 """The torch engine against the model it runs, and Hugging Face's."""
 
+import contextlib
 import re
 from pathlib import Path
 
@@ -12,7 +13,8 @@ from eval.errors import UserError
 from pipeline.checkpoint import load_model, save_model
 from pipeline.engines import ENGINES, default_engine, load_engine
 from pipeline.engines.torch import TorchEngine
-from pipeline.model import CompactGPT2LMHeadModel, slice_heads
+from pipeline.model import CompactGPT2Config, CompactGPT2LMHeadModel, slice_heads
+from pipeline.openvino_export import export_openvino
 
 
 @pytest.fixture
@@ -66,9 +68,9 @@ def test_the_context_is_the_limit(tiny_model: CompactGPT2LMHeadModel) -> None:
     engine = TorchEngine(tiny_model)
     assert (engine.context, engine.vocab_size) == (67, 269)
     engine.prefill(torch.ones(1, 67, dtype=torch.long))
-    with pytest.raises(UserError, match="context of 67"):
+    with pytest.raises(UserError, match="the text has 68 tokens, the model 67 positions; give a shorter one"):
         engine.decode(torch.tensor([1]))
-    with pytest.raises(UserError, match="context of 67"):
+    with pytest.raises(UserError, match="the text has 68 tokens, the model 67 positions; give a shorter one"):
         engine.prefill(torch.ones(1, 68, dtype=torch.long))
 
 
@@ -79,6 +81,46 @@ def test_a_folder_runs_at_the_precision_it_holds(tiny_folder: Path, tiny_tokeniz
     assert TorchEngine.from_folder(tmp_path / "half", device="cpu", precision="fp32").precision == "fp32"
     assert default_engine(tmp_path / "half") == "torch"
     assert load_engine("torch", tiny_folder, device="cpu", precision="bf16").precision == "bf16"
+
+
+def test_every_engine_refuses_in_the_same_words(tiny_tokenizer, tmp_path: Path) -> None:
+    """As the model does, which has no engine around it; then each goes on working."""
+    vocab = len(tiny_tokenizer)
+    config = CompactGPT2Config(
+        vocab_size=vocab, n_positions=24, n_embd=64, n_layer=1, n_head=2, head_dim=32, bos_token_id=0, eos_token_id=0
+    )
+    model = CompactGPT2LMHeadModel(config)
+    save_model(model.half(), tiny_tokenizer, tmp_path)
+    engines = [load_engine(name, tmp_path, device="cpu") for name in ("torch", "cuda")]
+    with contextlib.suppress(UserError):  # where openvino is not installed
+        engines.append(load_engine("openvino", export_openvino(model, tmp_path / "ir")))
+    ids = torch.ones(2, 25, dtype=torch.int64)
+    words = "the text has 25 tokens, the model 24 positions; give a shorter one"
+    for call in (model, model.transformer, lambda ids: model.generate(ids[:, :9], max_new_tokens=17, eos_token_id=-1)):
+        with pytest.raises(ValueError, match=f"^{words}$"):
+            call(ids)
+    empty = "the tokens have shape [2, 0]; give [batch, length], one or more each"
+    for engine in engines:
+        for method, given, said in (
+            ("logits", ids, words),
+            ("prefill", ids, words),
+            ("decode", ids[:, 0], "decode got tokens of shape [2] for 0 sequences; prefill first"),
+            ("prefill", ids[:, :24], None),
+            ("decode", ids[:, 0], words),
+            ("decode", ids[:1, 0], "decode got tokens of shape [1] for 2 sequences; prefill first"),
+            ("logits", ids[:, :0], empty),
+            ("logits", ids[0], empty.replace("[2, 0]", "[25]")),
+            ("logits", ids[:, :3].float(), "the tokens are torch.float32; give integers"),
+            ("logits", ids[:, :3] * vocab, f"token {vocab} is none of the model's {vocab}; "),
+            ("prefill", ids[:, :3] - 2, f"token -1 is none of the model's {vocab}; give the model's own tokenizer"),
+        ):
+            if said is None:
+                getattr(engine, method)(given)
+                continue
+            with pytest.raises(UserError) as refused:
+                getattr(engine, method)(given)
+            assert str(refused.value).startswith(said), (engine.name, method)
+        assert engine.prefill(ids[:, :23]).shape == engine.decode(ids[:, 0]).shape == (2, vocab)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pipeline import hardware
-from pipeline.estimate import estimate, verdict
+from pipeline.estimate import estimate, format_estimate, verdict
 from pipeline.pretrain import new_model
 from pipeline.recipe import Pretrain, load_recipe, parse_recipe
 
@@ -48,7 +48,8 @@ def test_memory_by_hand() -> None:
     assert again < 0.7 * alone["activations"]
 
 
-def test_activations_are_those_of_a_real_step() -> None:
+@pytest.mark.parametrize("autocast", [True, False])
+def test_activations_are_those_of_a_real_step(autocast: bool) -> None:
     model = new_model(small())
 
     def kept(blocks: int) -> int:
@@ -59,13 +60,16 @@ def test_activations_are_those_of_a_real_step() -> None:
             return value
 
         ids = torch.zeros(blocks, 33, dtype=torch.int64)
-        with torch.autocast("cpu", torch.bfloat16), torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
+        cast = torch.autocast("cpu", torch.bfloat16, enabled=autocast)
+        with cast, torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
             model(ids, labels=ids, use_cache=False)
         storages = {value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for value in alive}
         return sum(storages.values())
 
-    found = estimate(small(batch_size=3), "T4")["memory"]["activations"]
-    assert found == 3 * (kept(2) - kept(1) + 4 * 33 * 280)
+    found = estimate(small(batch_size=3, autocast=autocast), "T4")
+    assert found["memory"]["activations"] == 3 * (kept(2) - kept(1) + 4 * 33 * 280)
+    assert found["memory"]["copies"] == (2 * found["parameters"] if autocast else 0)
+    assert ("which FP32 does not reach" in format_estimate(found)) is not autocast
 
 
 def test_the_command(cli) -> None:
@@ -77,6 +81,7 @@ def test_the_command(cli) -> None:
         (("--on", "Abacus"), "--on Abacus: unknown; give one of T4, V100"),
         (("--on", "A100", "--devices", 3), "accumulation 8 is no multiple of it; --set accumulation=9"),
         (("--on", "A100", "--devices", 2, "--set", "parallel=none"), "parallel is none; --set parallel=ddp, zero1"),
+        (("--on", "A100", "--utilisation", "nan"), "--utilisation nan: give a share of the peak"),
     ):
         code, out, err = cli("pretrain", "--estimate", "--recipe", "gpt2-124M", *words)
         assert (code, out, err.count("\n")) == (2, "", 1) and said in err

@@ -42,9 +42,19 @@ folder, out, ids = sys.argv[1], sys.argv[2], torch.tensor(json.loads(sys.argv[3]
 torch.set_num_threads(1)
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+how = {"max_new_tokens": 9, "do_sample": False, "eos_token_id": -1, "pad_token_id": 0}
+told = model(ids, output_hidden_states=True, output_attentions=True, return_dict=False)
+try:
+    model(ids, no_such_argument=1)
+    sys.exit("an argument that nothing reads was taken")
+except TypeError:
+    pass
 save_file({
     "logits": model(ids).logits,
-    "greedy": model.generate(ids, max_new_tokens=9, do_sample=False, eos_token_id=-1, pad_token_id=0),
+    "hidden": torch.stack(told[-2]),
+    **{f"attention{layer}": weights for layer, weights in enumerate(told[-1])},
+    "greedy": model.generate(ids, **how),
+    "assisted": model.generate(ids, assistant_model=model, **how),
     "text": torch.tensor(tokenizer("the old cat sat").input_ids),
 }, out)
 """
@@ -73,7 +83,12 @@ def test_it_runs_where_headroom_is_not(shared: Path, finished_run: Path, tiny_to
     ids = torch.tensor(IDS)
     with torch.no_grad():
         assert found["logits"].dtype == torch.float16 and torch.equal(found["logits"], model(ids).logits)
+        told = model(ids, output_hidden_states=True, output_attentions=True)
+        assert torch.equal(found["hidden"], torch.stack(told.hidden_states))
+        for layer, (weights, heads) in enumerate(zip(told.attentions, model.config.kept_heads, strict=True)):
+            assert torch.equal(found[f"attention{layer}"], weights) and weights.shape[1] == len(heads)
         greedy = model.generate(ids, max_new_tokens=9, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    assert torch.equal(found["assisted"], greedy)
     assert torch.equal(found["greedy"], greedy) and greedy.shape == (1, len(IDS[0]) + 9)
     assert found["text"].tolist() == tiny_tokenizer("the old cat sat").input_ids
 
@@ -165,7 +180,7 @@ def test_only_an_export_is_replaced(shared: Path, run_copy: Path, tmp_path: Path
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run"]
 
 
-@pytest.mark.parametrize("name", [".", "..", "", "file/x", "run/export", "run", "link", "x" * 250])
+@pytest.mark.parametrize("name", [".", "..", "", "file/x", "run/prune/export", "run", "link", "x" * 250])
 def test_places_that_no_export_can_take(name: str, run_copy: Path, tmp_path: Path, cli: Callable, monkeypatch) -> None:
     (tmp_path / "file").write_text("precious")
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
@@ -227,6 +242,14 @@ def test_what_is_no_whole_run(run_copy: Path, tmp_path: Path, cli: Callable) -> 
     assert "holds no results.json; give the folder of a finished run" in said(tmp_path)
     assert "--precision int8: give fp16 or fp32" in said(run_copy, "--precision", "int8")
     assert "--push a b: no name for a repository" in said(run_copy, "--push", "a b")
+    results = run_copy / "results.json"
+    whole = results.read_text()
+    fewer = json.loads(whole)
+    fewer["rows"] = [row for row in fewer["rows"] if row["stage"] in ("load", "half", "prune")]
+    fewer["agreement"] = None
+    results.write_text(json.dumps(fewer))  # as of a later run --until prune
+    assert "results.json does not tell of finetune and quantize; run: python -m pipeline run" in said(run_copy)
+    results.write_text(whole)
     manifest = run_copy / "quantize/stage.json"
     manifest.write_text(manifest.read_text().replace('"finetune": "', '"finetune": "x'))
     assert "quantize: made from another finetune; run: python -m pipeline run --recipe" in said(run_copy)

@@ -4,6 +4,8 @@ import json
 import os
 import random
 import shutil
+import subprocess
+import sys
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +19,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from cuda_ext import CheckpointError
 from cuda_ext.packing import pack
 from eval.errors import UserError
-from pipeline.checkpoint import check_folder, load_model
+from pipeline.checkpoint import check_generation, load_model
 from pipeline.engines.torch import TorchEngine
 
 IDS = torch.tensor([[1, 2, 3, 5, 8, 13, 21]])
@@ -171,8 +173,6 @@ def test_a_config_that_cannot_be(folder: Path, changes: dict[str, Any], words: s
     assert tracemalloc.get_traced_memory()[1] < 16 << 20  # whatever a size says, nothing of it is made
     tracemalloc.stop()
     assert words in message
-    with pytest.raises(UserError):
-        check_folder(folder)
 
 
 @pytest.mark.parametrize(
@@ -258,6 +258,7 @@ def test_no_file_in_a_files_place(folder: Path, make: Callable[[Path], None], na
         {"eos_token_id": [3, 4], "bos_token_id": None, "pad_token_id": -1},
         {"tie_word_embeddings": True, "architectures": ["GPT2Model"], "n_inner": None},
         {"torch_dtype": "bfloat16"},
+        {"torch_dtype": "torch.float32", "dtype": "auto"},
         {"auto_map": {"AutoModelForCausalLM": "evil.Model"}, "_attn_implementation": "kernels-community/evil"},
     ],
     ids=str,
@@ -306,7 +307,7 @@ def test_a_generation_config_that_transformers_reads_but_does_not_write(folder: 
     (folder / "generation_config.json").write_text('{"temperature": 0.7}')
     same_as_stock(folder)
     with pytest.raises(UserError, match=r"generation_config\.json: .*temperature.*mend it, or delete it") as caught:
-        check_folder(folder)
+        check_generation(folder)
     assert "\n" not in str(caught.value)
 
 
@@ -371,6 +372,39 @@ def test_an_untied_head_that_is_not_there(folder: Path) -> None:
     assert "tie_word_embeddings false, and the file no lm_head.weight" in refused_by_both(folder)
 
 
+@pytest.mark.parametrize("side", [POSITIONS, 9, 100])
+@pytest.mark.parametrize("kind", [torch.uint8, torch.bool, torch.float32])
+def test_the_mask_that_old_files_hold(folder: Path, side: int, kind: torch.dtype) -> None:
+    """As long as `n_ctx` was when it was made; stock GPT-2 makes its own."""
+    masks = {f"transformer.h.{layer}.attn.bias": torch.ones(1, 1, side, side).tril().to(kind) for layer in range(2)}
+    masks |= {f"transformer.h.{layer}.attn.masked_bias": torch.tensor([-1e4]) for layer in range(2)}
+    change_weights(folder, lambda weights: weights | masks)
+    same_as_stock(folder)
+
+
+HUB = {"n_ctx": 1024, "embd_pdrop": 0.1, "summary_activation": None, "summary_first_dropout": 0.1}
+HUB |= {"summary_proj_to_labels": True, "summary_type": "cls_index", "summary_use_proj": True, "resid_pdrop": 0.1}
+HUB |= {"activation_function": "gelu_new", "bos_token_id": 50256, "eos_token_id": 50256, "model_type": "gpt2"}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"architectures": ["GPT2LMHeadModel"], "task_specific_params": {"text-generation": {"do_sample": True}}},
+        {"_num_labels": 1, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}, "architectures": ["GPT2Model"]},
+        {"task_specific_params": {"conversational": {"max_length": 1000}}, "architectures": ["GPT2DoubleHeadsModel"]},
+        {"gradient_checkpointing": False, "output_past": True, "tokenizer_class": "BertTokenizer", "n_inner": None},
+        {"_name_or_path": "x/y", "torch_dtype": "float32", "transformers_version": "4.3.0", "use_cache": False},
+    ],
+    ids=["gpt2", "distilgpt2", "DialoGPT", "gpt2-chinese", "tiny-gpt2"],
+)
+def test_configs_as_the_hub_has_them(folder: Path, config: dict[str, Any]) -> None:
+    sizes = {name: SHAPE[name] for name in SIZES}
+    (folder / "config.json").write_text(json.dumps(HUB | sizes | config))
+    same_as_stock(folder)
+    pack(folder)
+
+
 def without(name: str) -> Callable[[Weights], Weights]:
     return lambda weights: {key: value for key, value in weights.items() if key != name}
 
@@ -403,7 +437,7 @@ PRUNED = "; were its heads pruned, give the unpruned checkpoint"
         (put(HEAD, torch.ones(60, 64)), "lm_head.weight is [60, 64] in the file, [61, 64] by config.json"),
         (put(HEAD, torch.ones(61, 64, dtype=torch.int8)), "lm_head.weight is stored as I8"),
         (put("wte.weight", torch.ones(61, 64)), "is there twice, in model.safetensors and model.safetensors"),
-        (put(f"{H0}.attn.bias", torch.ones(1, 1, 9, 9)), f"{H0}.attn.bias [1, 1, 9, 9] has no place"),
+        (put(f"{H0}.attn.bias", torch.ones(1, 1, 9, 8)), f"{H0}.attn.bias [1, 1, 9, 8] has no place"),
         (put("transformer.h.7.attn.masked_bias", torch.ones(())), "transformer.h.7.attn.masked_bias [] has no place"),
         (put("transformer.h.9.ln_1.weight", torch.ones(64)), "transformer.h.9.ln_1.weight [64] has no place"),
         (put("a\nb\x1b[31m", torch.ones(1)), "'a\\nb\\x1b[31m' [1] has no place"),
@@ -412,11 +446,21 @@ PRUNED = "; were its heads pruned, give the unpruned checkpoint"
         (put("transformer.ln_f.bias", torch.full((64,), -float("inf"))), "transformer.ln_f.bias holds NaN or infinity"),
         (
             lambda weights: {f"_orig_mod.{name}": v for name, v in weights.items()},
-            "wte.weight is missing, which config.json asks for (n_layer is 2); there is _orig_mod.transformer.",
+            "transformer.wte.weight is missing, which config.json asks for (n_layer is 2); "
+            "there is _orig_mod.transformer.wte.weight: take _orig_mod. off the names",
         ),
         (lambda weights: {}, "transformer.wte.weight is missing"),
+        (  # nanoGPT's
+            lambda weights: {name: v.T if v.dim() == 2 and ".c_" in name else v for name, v in weights.items()},
+            f"{H0}.attn.c_attn.weight is [192, 64] in the file, [64, 192] by config.json; GPT-2 keeps linear weights",
+        ),
+        (
+            lambda weights: weights | {name: torch.full((61, 64), float("nan")) for name in (TABLE, HEAD)},
+            f"{TABLE} holds NaN or infinity",
+        ),
+        (put("", torch.ones(1)), "'' [1] has no place"),
     ],
-    ids=range(20),
+    ids=range(23),
 )
 def test_tensors_that_do_not_fit(folder: Path, change: Callable[[Weights], Weights], words: str) -> None:
     change_weights(folder, change)
@@ -498,26 +542,55 @@ def test_an_adapter_or_a_pointer_is_no_model(folder: Path) -> None:
 
 
 def test_the_verbs_refuse_before_they_write(
-    folder: Path, tmp_path: Path, cli: Callable[..., tuple[int, str, str]]
+    stock: Path, folder: Path, tmp_path: Path, cli: Callable[..., tuple[int, str, str]]
 ) -> None:
     change_weights(folder, another_head)
     (folder / "odd.json").mkdir()  # what has a file's name need not be one
     run = tmp_path / "run"
+    load = ("load", "--out", run, "--set", f"load.source={folder}")
     for words in (
         ("evaluate", folder),
         ("evaluate", folder, "--engine", "cuda", "--device", "cpu"),
         ("generate", folder, "--prompt", "the cat"),
-        ("load", "--out", run, "--set", f"load.source={folder}"),
+        load,
     ):
         code, out, err = cli(*words)
         assert (code, out) == (2, "") and "Traceback" not in err
         (line,) = (line for line in err.splitlines() if line.startswith("error: "))
         assert "lm_head.weight differs" in line
     change_config(folder, n_layer=10**9)
-    for words in (("probe", folder), ("load", "--out", tmp_path / "other", "--set", f"load.source={folder}")):
+    for words in (("probe", folder), load):
         code, out, err = cli(*words)
         assert (code, out) == (2, "") and "transformer.h.2.ln_1.weight is missing" in err
-    assert not list(tmp_path.glob("*/load")) and not list(tmp_path.glob("*/.load*"))
+    shutil.rmtree(folder)
+    shutil.copytree(stock, folder)
+    no_tokenizer = cli(*load)
+    change_config(folder, n_positions=None)
+    no_number = cli(*load)
+    change_config(folder, n_positions=POSITIONS)
+    change_weights(folder, put("transformer.ln_f.bias", torch.full((64,), float("nan"))))
+    not_finite = cli(*load)
+    for (code, out, err), said in zip(
+        (no_tokenizer, no_number, not_finite), ("no usable tokenizer", "n_positions is None", "holds NaN"), strict=True
+    ):
+        assert (code, out) == (2, "") and said in err and len(err.splitlines()) == 1
+    (folder / "config.json").write_text(DEEP)
+    for words in (("evaluate", folder), ("evaluate", folder, "--engine", "cuda"), load):
+        code, out, err = cli(*words)
+        assert (code, err) == (
+            2,
+            f"error: {folder}/config.json: no JSON (nested too deep); copy the checkpoint again\n",
+        )
+    assert not run.exists()
+
+
+def test_a_folder_is_judged_without_what_takes_seconds(folder: Path) -> None:
+    words = "import sys; from pipeline.cli import main; sys.argv[1:] = ['evaluate', sys.argv[1]]\n"
+    words += "try: main()\nexcept SystemExit as end: print(end.code, *{'torch', 'transformers'} & {*sys.modules})"
+    for harm in (lambda: change_config(folder, n_layer=3), lambda: (folder / "config.json").unlink()):
+        harm()
+        done = subprocess.run([sys.executable, "-c", words, folder], capture_output=True, text=True, check=True)
+        assert done.stdout == "2\n" and done.stderr.startswith(f"error: {folder}") and done.stderr.count("\n") == 1
 
 
 # ---- whatever else ----

@@ -1,6 +1,7 @@
 """Head scores against finite differences and sums by hand; the choice of heads against worked examples."""
 
 import copy
+from typing import Any
 
 import numpy as np
 import pytest
@@ -101,8 +102,8 @@ def test_activation_is_the_mean_norm_of_what_a_head_adds(tiny_model, tiny_blocks
     scores = head_scores(model, "activation", tiny_blocks, batch_size=3, progress=False)
     for layer, heads in enumerate(UNEVEN):
         attn = model.transformer.h[layer].attn
-        inputs: list[torch.Tensor] = []
-        handle = attn.register_forward_pre_hook(lambda _, args, inputs=inputs: inputs.append(args[0]))
+        inputs: list[tuple[Any, ...]] = []
+        handle = attn.register_forward_pre_hook(lambda _, args, inputs=inputs: inputs.append(args))
         with torch.no_grad():
             model(torch.from_numpy(tiny_blocks.tokens))
         handle.remove()
@@ -115,7 +116,7 @@ def test_activation_is_the_mean_norm_of_what_a_head_adds(tiny_model, tiny_blocks
             others[columns] = False
             alone.c_proj.weight.data[:, others] = 0
             with torch.no_grad():
-                norms.append(alone(inputs[0], None, None).norm(dim=-1).mean().item())
+                norms.append(alone(*inputs[0])[0].norm(dim=-1).mean().item())
         np.testing.assert_allclose(scores[layer], np.array(norms) / np.linalg.norm(norms), rtol=1e-4)
 
 

@@ -93,6 +93,93 @@ def test_left_padding_agrees_with_gpt2_and_with_each_row_alone(tiny_gpt2, tiny_m
         _same(step.logits[row, -1], alone)
 
 
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@torch.no_grad()
+def test_what_else_gpt2_tells_is_the_same(tiny_gpt2, implementation):
+    """Hidden states, attentions, tuples and caches, by argument and by configuration; padding on the left."""
+    tiny_gpt2.set_attn_implementation(implementation)
+    ours = from_gpt2(tiny_gpt2)
+    assert ours.config._attn_implementation == implementation
+    tiny_gpt2.set_attn_implementation("eager")  # stock GPT-2 tells attentions by this one alone, and else none
+    ids = _tokens(tiny_gpt2, 2, 11)
+    mask = torch.ones_like(ids)
+    mask[1, :4] = 0
+    how = {"attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0), "labels": ids, "use_cache": True}
+    how |= {"token_type_ids": _tokens(tiny_gpt2, 2, 11, seed=9), "num_items_in_batch": torch.tensor(13)}
+    how |= {"output_hidden_states": True, "output_attentions": True}
+    wanted, got = tiny_gpt2(ids, **how), ours(ids, **how)
+    for name in ("hidden_states", "attentions"):
+        assert len(got[name]) == len(wanted[name]) == (3 if name == "attentions" else 4)
+        for a, b in zip(got[name], wanted[name], strict=True):
+            _same(a[0], b[0])
+            _same(a[1, ..., 4:, :], b[1, ..., 4:, :])  # not what the padding saw
+    _same(got.loss, wanted.loss)
+    for a, b in zip(got.past_key_values.layers, wanted.past_key_values.layers, strict=True):
+        _same(a.keys, b.keys)
+        _same(a.values, b.values)
+    theirs = tiny_gpt2(ids, return_dict=False, **how)[:-1]  # without its cross attentions
+    assert [type(part) for part in ours(ids, return_dict=False, **how)] == [type(part) for part in theirs]
+    assert type(ours.transformer(ids, return_dict=False)) is tuple
+    ours.config.return_dict = False
+    assert type(ours(ids)) is tuple
+    ours.config.return_dict = ours.config.output_hidden_states = True
+    assert len(ours(ids).hidden_states) == 4 and ours(ids).attentions is None
+    assert ours(ids, output_attentions=True).attentions[0].shape == (2, 5, 11, 11)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@torch.no_grad()
+def test_a_mask_of_ones_own_agrees_with_gpt2(tiny_gpt2, implementation):
+    """`[batch, 1, length, past + length]`: a text in two parts of which each sees itself alone; on a cache, too."""
+    tiny_gpt2.set_attn_implementation("sdpa")
+    ours = from_gpt2(tiny_gpt2)
+    ours.set_attn_implementation(implementation)
+    ids, part = _tokens(tiny_gpt2, 2, 9), torch.tensor([0, 0, 0, 0, 1, 1, 1, 1, 1])
+    mask = (part[:, None] == part) & torch.ones(9, 9).tril().bool()
+    mask = mask.expand(2, 1, 9, 9)
+    wanted = tiny_gpt2(ids, attention_mask=mask).logits
+    added = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
+    for given in (mask, added):
+        _same(ours(ids, attention_mask=given).logits, wanted)
+        first = ours(ids[:, :6], attention_mask=given[:, :, :6, :6])
+        rest = ours(ids[:, 6:], attention_mask=given[:, :, 6:], past_key_values=first.past_key_values)
+        _same(torch.cat([first.logits, rest.logits], dim=1), wanted)
+    both = torch.ones(2, 9, dtype=torch.long)
+    _same(
+        ours(ids, attention_mask=both, is_causal=False).logits,
+        tiny_gpt2(ids, attention_mask=both, is_causal=False).logits,
+    )
+
+
+@pytest.mark.parametrize("argument", ["no_such_argument", "head_mask", "encoder_hidden_states", "output_router_logits"])
+def test_an_argument_that_nothing_reads_is_refused(tiny_model, argument):
+    ids = _tokens(tiny_model, 1, 3)
+    for model in (tiny_model, tiny_model.transformer):
+        with pytest.raises(TypeError, match=f"unexpected keyword argument '{argument}'"):
+            model(ids, **{argument: True})
+        model(ids, **{argument: None})  # asks for nothing
+    with pytest.raises(ValueError, match=r"not used by the model: .*no_such"):
+        tiny_model.generate(ids, no_such=1)
+
+
+@torch.no_grad()
+def test_positions_end_where_they_were_learned(tiny_model):
+    """A padded text may be longer than its positions; a static cache and a compiled call change nothing."""
+    ids = _tokens(tiny_model, 1, 70)
+    words = "the text has 70 tokens, the model 67 positions; give a shorter one"
+    with pytest.raises(ValueError, match=words):
+        tiny_model(ids)
+    cache = tiny_model(ids[:, :60]).past_key_values
+    with pytest.raises(ValueError, match=words):
+        tiny_model(ids[:, 60:], past_key_values=cache)
+    with pytest.raises(ValueError, match="the text has 68 tokens"):
+        tiny_model.generate(ids[:, :60], max_new_tokens=9, eos_token_id=-1, cache_implementation="static")
+    mask = torch.ones_like(ids)
+    mask[:, :5] = 0
+    padded = tiny_model(ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0)).logits
+    _same(padded[:, 5:], tiny_model(ids[:, 5:]).logits)
+
+
 def test_greedy_generation_agrees_with_gpt2(tiny_gpt2, tiny_model):
     ids = _tokens(tiny_gpt2, 3, 9)
     mask = torch.ones_like(ids)
@@ -162,6 +249,28 @@ def test_round_trip_to_gpt2_is_bit_exact(tiny_gpt2, tiny_model):
     assert tiny_model.transformer.h[0].attn.c_attn.weight.any() and tiny_gpt2.transformer.h[0].attn.c_attn.weight.any()
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("said", [True, False], ids=["by its configuration", "by its weights"])
+def test_a_head_of_its_own(tiny_model, make_gpt2, said, tmp_path):
+    """Goes to stock GPT-2, through slicing and files; comes from no stock GPT-2."""
+    config = CompactGPT2Config.from_dict(tiny_model.config.to_dict() | {"tie_word_embeddings": not said})
+    model = CompactGPT2LMHeadModel(config).eval()
+    model.load_state_dict(tiny_model.state_dict())
+    model.lm_head.weight = torch.nn.Parameter(tiny_model.lm_head.weight.flip(0))
+    ids = _tokens(model, 2, 9)
+    wanted = tiny_model(ids).logits.flip(-1)
+    stock = to_gpt2(model)
+    for one in (model, stock, slice_heads(model, model.config.kept_heads)):
+        _same(one(ids).logits, wanted)
+    stock.save_pretrained(tmp_path)
+    _same(type(stock).from_pretrained(tmp_path)(ids).logits, wanted)
+    theirs = make_gpt2()
+    theirs.lm_head.weight = torch.nn.Parameter(theirs.lm_head.weight + 1)
+    for each in (stock, theirs):
+        with pytest.raises(ValueError, match=r"lm_head\.weight differs from transformer\.wte\.weight"):
+            from_gpt2(each)
+
+
 def test_import_keeps_dtype_mode_and_generation_defaults(tiny_gpt2):
     tiny_gpt2.generation_config.max_length = 43
     compact = from_gpt2(tiny_gpt2.half().train())
@@ -193,15 +302,9 @@ def test_variants_that_compute_something_else_are_refused(make_gpt2, variant):
         from_gpt2(make_gpt2(**variant))
 
 
-def test_an_untied_head_is_never_dropped(make_gpt2: Callable[..., GPT2LMHeadModel]) -> None:
+def test_a_head_that_is_the_table_is_tied(make_gpt2: Callable[..., GPT2LMHeadModel]) -> None:
     """Whatever the configuration says: the weights decide."""
     untied = make_gpt2(tie_word_embeddings=False)
-    with pytest.raises(ValueError, match=r"lm_head\.weight differs from transformer\.wte\.weight"):
-        from_gpt2(untied)
-    compact = from_gpt2(make_gpt2())
-    compact.lm_head.weight = torch.nn.Parameter(compact.lm_head.weight * 1.01)
-    with pytest.raises(ValueError, match=r"lm_head\.weight differs from transformer\.wte\.weight"):
-        to_gpt2(compact)
     untied.lm_head.weight = torch.nn.Parameter(untied.transformer.wte.weight.detach().clone())
     ids = torch.tensor([[3, 1, 4, 1, 5]])
     with torch.no_grad():

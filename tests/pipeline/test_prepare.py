@@ -6,6 +6,7 @@ import json
 import lzma
 import multiprocessing
 import os
+import shutil
 import signal
 import sqlite3
 import struct
@@ -17,6 +18,7 @@ from typing import Any
 
 import pytest
 from prose import prose
+from transformers import AutoTokenizer
 
 from eval.errors import UserError, WorkError
 from pipeline import prepare as module
@@ -183,7 +185,7 @@ def test_a_worker_that_dies_ends_the_work_at_once_and_it_goes_on(
 
 
 def test_what_a_worker_cannot_do_is_one_line(corpus: Path, tokenizer: Path, tmp_path: Path) -> None:
-    how = tokenizing.How(str(tmp_path / "none.json"), 0, "after", "plain")
+    how = tokenizing.How(str(tmp_path / "none.json"), False, "plain")
     with pytest.raises(WorkError, match=r"a text cannot be tokenised: .*No such file"):
         list(tokenizing.encoded([(None, [b"text"])], how, 1))
     assert list(tokenizing.encoded([], how, 3)) == []
@@ -238,6 +240,7 @@ def test_broken_off_around_each_commit(
 ) -> None:
     """Before and after a commit, with shards beginning and ending in between."""
     monkeypatch.setattr(module, "BATCH_BYTES", 300)
+    monkeypatch.setattr("pipeline.corpus.LONGEST", 250)  # so that a commit falls inside of documents, too
     make(corpus, tmp_path / "whole", tokenizer)
     commit: Callable[[Any], None] = Journal.commit
     out = tmp_path / "out"
@@ -328,10 +331,54 @@ def test_the_folder_holds_something_else(corpus: Path, tokenizer: Path, tmp_path
     (tmp_path / "foreign" / "fineweb_train_000001.bin").touch()
     with pytest.raises(UserError, match="shards of another origin"):
         make(corpus, tmp_path / "foreign", tokenizer)
-    for name, content in (("manifest.json", b"{"), ("manifest.json", b"[]")):
-        (out / name).write_bytes(content)
-        with pytest.raises(UserError, match=rf"{name}: damaged"):
+    manifest = json.loads((out / "manifest.json").read_text())
+    wrong = ({"kept": "x"}, {"tokens": None}, {"shards": []}, {"inputs": [{"name": "a", "sha256": "b"}]})
+    for content in ("{", "[]", "[" * 100_000, *(json.dumps(manifest | each) for each in wrong)):
+        (out / "manifest.json").write_text(content)
+        with pytest.raises(UserError, match=r"manifest\.json: damaged"):
             make(corpus, out, tokenizer)
+
+
+def test_a_folder_of_an_earlier_version(corpus: Path, tokenizer: Path, tmp_path: Path) -> None:
+    """Which held out by documents and knew no order of the end-of-text token: readable, but not to be gone on with."""
+    out = tmp_path / "out"
+    manifest = make(corpus, out, tokenizer, validation_share=None)
+    for key in ("validation_share", "end_of_text"):
+        del manifest[key]
+    (out / "manifest.json").write_text(json.dumps(manifest | {"validation_every": 200}))
+    assert module.prepared_shards(out, "train") == find_shards(out, "train")
+    said = "an earlier version of Headroom, which had no validation_share; give another --out, or delete it"
+    with pytest.raises(UserError, match=said):
+        make(corpus, out, tokenizer, validation_share=None)
+    (out / "manifest.json").unlink()
+    for path in out.glob("*.bin"):
+        path.unlink()
+    choices = {key: manifest[key] for key in ("tokenizer", "style", "shard_tokens")}
+    inputs = [{key: given[key] for key in ("name", "sha256")} for given in manifest["inputs"]]
+    with contextlib.closing(Journal(out, {"inputs": inputs, **choices, "validation_every": 200})) as journal:
+        journal.state.tokens["train"] = 1
+        journal.commit()
+    with pytest.raises(UserError, match=said):
+        make(corpus, out, tokenizer, validation_share=None)
+
+
+@pytest.mark.parametrize("lost", ["train_000000.bin", "train_000006.bin", "train_000007.bin"])
+def test_a_shard_is_lost_while_a_preparation_is_cut_off(
+    lost: str, corpus: Path, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module.ShardWriter, "finish", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            make(corpus, out, tokenizer)
+    (out / lost).unlink()
+    with pytest.raises(UserError, match="delete the folder and prepare it again"):
+        make(corpus, out, tokenizer)
+    assert not (out / "manifest.json").exists()
 
 
 @pytest.mark.parametrize("name", ["tokenizer/mine.json", "manifest.json", "state.db", "others.db"])
@@ -358,7 +405,10 @@ def test_a_finished_folder(corpus: Path, tokenizer: Path, tmp_path: Path) -> Non
         module.prepared_shards(out, "train")
     assert make(corpus, out, tokenizer) == manifest and not (out / "state.db").exists()
     path = out / "train_000001.bin"
-    path.write_bytes(path.read_bytes()[:-2])
+    path.write_bytes(struct.pack("<3i", 20240520, 1, 3).ljust(1024, b"\0") + bytes(6))
+    with pytest.raises(UserError, match=r"train_000001\.bin: holds 3 tokens, manifest\.json says 1,000;"):
+        make(corpus, out, tokenizer)
+    path.write_bytes((out / "train_000000.bin").read_bytes()[:-2])
     with pytest.raises(UserError, match=r"train_000001\.bin: the header says 1000 tokens, the file holds 999;"):
         make(corpus, out, tokenizer)
     path.unlink()
@@ -488,6 +538,38 @@ def test_llm_cs_bytes(tokenizer: Path, tiny_tokenizer: Any, tmp_path: Path) -> N
         assert manifest["end_of_text"] == order
     with pytest.raises(UserError, match="other end_of_text"):
         make(tmp_path / "a.txt", out, tokenizer, shard_tokens=10**6, validation_share=0, end_of_text="before")
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_a_long_document_is_one_and_nothing_of_it_is_lost(
+    order: Any, tokenizer: Path, tiny_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pieces of it have no end-of-text token between them, and keep the space where they were cut."""
+    monkeypatch.setattr("pipeline.corpus.LONGEST", 300)
+    long = f"{prose(3, 9)}\n\n\n \n{prose(4, 3)} 猫"
+    repeated = " \n" + "the cat sat\n" * 90 + "\n"
+    (tmp_path / "a.txt").write_text(MARK.join([DOCUMENTS[0][:200], long, DOCUMENTS[1][:200]]))
+    (tmp_path / "b.txt").write_text(repeated)  # no mark: as it is
+    names = [str(tmp_path / "a.txt"), str(tmp_path / "b.txt"), str(tmp_path / "b.txt")]
+    make(names, tmp_path / "out", tokenizer, shard_tokens=10**6, validation_share=0, end_of_text=order)
+    texts = [DOCUMENTS[0][:200], long, DOCUMENTS[1][:200], repeated]
+    wanted = "".join(MARK + text if order == "before" else text + MARK for text in texts)
+    found = tokens(tmp_path / "out", "train")
+    assert tiny_tokenizer.decode(found, clean_up_tokenization_spaces=False) == wanted and found.count(0) == 4
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_rows_are_taken_as_they_are(split: bool, tmp_path: Path, tiny_folder: Path) -> None:
+    """As llm.c's scripts take them, and as the tokenizer's own call does: with the space around, and what marks say."""
+    folder = Path(shutil.copytree(tiny_folder, tmp_path / "tokenizer"))
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"split_special_tokens": split}))
+    rows = ["the cat\n\n", " sat", f"on {MARK}the mat", "\u3000\x85hat\r\n"]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in [*rows, " \n", rows[0]]))
+    manifest = make(tmp_path / "a.jsonl", tmp_path / "out", folder, validation_share=0)
+    own = AutoTokenizer.from_pretrained(folder)
+    assert tokens(tmp_path / "out", "train") == [token for row in rows for token in [*own(row).input_ids, 0]]
+    assert (manifest["kept"], manifest["empty"], manifest["duplicates"]) == (4, 1, 1)
 
 
 def test_tokenizers_that_will_not_do(tiny_folder: Path, corpus: Path, tmp_path: Path) -> None:

@@ -20,9 +20,10 @@ from transformers import Trainer, TrainerCallback, set_seed
 from eval.errors import UserError, WorkError
 from pipeline.artifacts import sha256_tree
 from pipeline.checkpoint import load_model
+from pipeline.corpus import TextFile
 from pipeline.model import CompactGPT2LMHeadModel
 from pipeline.prepare import prepare
-from pipeline.pretrain import pretrain
+from pipeline.pretrain import _documents, pretrain
 from pipeline.recipe import Pretrain, parse_recipe
 from pipeline.shards import ShardBlocks, ShuffledBlocks, find_shards
 from pipeline.tokenizer import load_tokenizer
@@ -261,7 +262,13 @@ def test_shards_that_do_not_fit(shards: Path, tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
     assert not (out / "pretrain.json").exists()
     path = shards / "train_000000.bin"
-    path.write_bytes(path.read_bytes()[:-1])
+    whole = path.read_bytes()
+    for place in (1024, 1024 + 2 * (19 * 101 - 1)):  # the last block ends there
+        path.write_bytes(whole[:place] + (300).to_bytes(2, "little") + whole[place + 2 :])
+        with pytest.raises(UserError, match=r"train_000000\.bin: holds token 300, the vocabulary has 269"):
+            pretrain(on_shards(shards), [], out, None)
+    assert not (out / "pretrain.json").exists()
+    path.write_bytes(whole[:-1])
     with pytest.raises(UserError, match=r"train_000000\.bin: the header says 2000 tokens, the file holds 1999\.5"):
         pretrain(on_shards(shards), [], out, None)
 
@@ -270,10 +277,17 @@ def test_the_length_may_change_nothing_else(files: list[Path], validation: str, 
     out = tmp_path / "out"
     pretrain(recipe(), files, out, validation)
     before = sha256_tree(out)
-    for changed, texts in ((recipe(seed=1), files), (recipe(batch_size=2), files), (recipe(), files[:1])):
+    for changed, texts in (
+        (recipe(seed=1), files),
+        (recipe(batch_size=2), files),
+        (recipe(autocast=False), files),
+        (recipe(), files[:1]),
+    ):
         with pytest.raises(UserError, match="another recipe or text"):
             pretrain(changed, texts, out, validation)
     assert sha256_tree(out) == before
+    with pytest.raises(UserError, match="checkpoint-8: further than 6 steps; give as many or more, or another --out"):
+        pretrain(recipe(steps=6), files, out, validation)
     pretrain(recipe(steps=10), files, out, validation)
     assert json.loads((out / "curve.json").read_text())[-1]["step"] == 10
 
@@ -291,6 +305,18 @@ def test_too_little_text(text: str | bytes, said: str, validation: str, tmp_path
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(UserError, match=said):
         pretrain(recipe(), [path], tmp_path / "out", validation)
+
+
+@pytest.mark.parametrize("name", ["marked.txt", "plain.txt", "rows.jsonl"])
+def test_documents_are_those_of_data_prepare(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_text({
+        "marked.txt": f" \none\n{DOCUMENT_MARK}\n\u3000two \n{DOCUMENT_MARK} {DOCUMENT_MARK}three\n",
+        "plain.txt": " \none\n\n",
+        "rows.jsonl": f'{{"text": " one\\n{DOCUMENT_MARK} two"}}\n{{"text": " "}}\n{{"text": "three\\n"}}\n',
+    }[name])  # fmt: skip
+    pieces = [text.decode() for text, _ in TextFile(path).pieces()]
+    assert list(_documents(recipe(style="plain"), [path])) == [text for text in pieces if text.strip()]
 
 
 def test_less_text_than_a_block(validation: str, tmp_path: Path) -> None:
@@ -313,6 +339,24 @@ def test_a_damaged_record_of_the_choices(files: list[Path], validation: str, tmp
     (tmp_path / "out" / "pretrain.json").write_text("{")
     with pytest.raises(UserError, match=r"pretrain\.json: damaged"):
         pretrain(recipe(), files, tmp_path / "out", validation)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("tokens.npy", r"tokens\.npy: damaged; delete it, and"),
+        ("rollbacks.json", r"rollbacks\.json: damaged; give another --out"),
+        ("tokenizer/tokenizer.json", "tokenizer: no usable tokenizer"),
+    ],
+)
+def test_what_a_training_goes_on_with_is_damaged(
+    name: str, said: str, files: list[Path], validation: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match="shorter than one block"):
+        pretrain(recipe(), files, tmp_path, "hm")  # by then text and tokenizer are there
+    (tmp_path / name).write_bytes(b"garbage")
+    with pytest.raises(UserError, match=said):
+        pretrain(recipe(), files, tmp_path, validation)
 
 
 def test_out_is_a_file(files: list[Path], validation: str, tmp_path: Path) -> None:
@@ -396,11 +440,17 @@ def test_the_command(cli, files: list[Path], tiny_texts: dict[str, Path], tmp_pa
     code, stdout, err = cli("pretrain", "--recipe", path, *words, "--out", tmp_path / "out", "--set", "steps=6")
     assert (code, stdout) == (0, f"Model: {tmp_path / 'out' / 'model'}\n"), err
     assert "pretrain: step 6/6" in err
-    code, _, err = cli("pretrain", "--recipe", path, *words, "--out", tmp_path / "out", "--set", "steps=7")
+    code, stdout, err = cli(
+        "pretrain", "--recipe", path, *words, "--out", tmp_path / "out", "--set", "steps=7", "--json"
+    )
+    assert json.loads(stdout) == {"model": str(tmp_path / "out" / "model")}
     assert code == 0 and "pretrain: step 7/7" in err  # resumed: no library has anything to say
     assert [line for line in err.splitlines() if not line.startswith("pretrain: ")] == []
     code, stdout, err = cli("pretrain", "--recipe", path, *words, "--out", tmp_path / "out", "--set", "seed=9")
     assert (code, stdout, len(err.splitlines())) == (2, "", 1) and err.startswith("error: ")
+    for word, value in (("--on", "H100"), ("--devices", 8), ("--utilisation", 0.5)):
+        code, stdout, err = cli("pretrain", "--recipe", path, *words, "--out", tmp_path / "out", word, value)
+        assert (code, stdout, err.count("\n")) == (2, "", 1) and "go with --estimate" in err
     for given in ((), (*words, "--set", "shards=somewhere")):
         code, stdout, err = cli("pretrain", "--recipe", path, *given, "--out", tmp_path / "out")
         assert (code, stdout, err.count("\n")) == (2, "", 1) and "either --text FILES or --set shards=FOLDER" in err

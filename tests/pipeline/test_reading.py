@@ -27,7 +27,7 @@ LINES = "".join(json.dumps({"id": 1, "text": row}, ensure_ascii=False) + "\r\n" 
 
 
 def documents(path: Path) -> list[str]:
-    return [document.decode() for document in TextFile(path).documents()]
+    return [document.decode() for document, _ in TextFile(path).pieces()]
 
 
 def refused(path: Path) -> str:
@@ -67,11 +67,11 @@ def test_a_stream_of_json_lines_goes_on_from_any_row(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl.gz"
     path.write_bytes(gzip.compress(b"\xef\xbb\xbf" + LINES.encode()))
     file = TextFile(path)
-    found = [(document.decode(), file.position) for document in file.documents()]
+    found = [(document.decode(), file.position) for document, _ in file.pieces()]
     for number, (_, position) in enumerate(found):
         again = TextFile(path)
         again.position = position
-        assert [document.decode() for document in again.documents()] == ROWS[number + 1 :]
+        assert [document.decode() for document, _ in again.pieces()] == ROWS[number + 1 :]
 
 
 BAD_LINES = {
@@ -130,7 +130,7 @@ def test_other_encodings_are_named_and_left_out_of_a_corpus(kind: str, tmp_path:
     path.write_bytes(("\ufeff" * kind.endswith("be") + "a cat").encode(kind))
     with pytest.raises(UserError, match=r"not UTF-8 text \(its byte order mark is another's\); save it as UTF-8"):
         read_rows(path)
-    assert list(TextFile(path).documents()) == [path.read_bytes()]  # which `data prepare` counts as no UTF-8
+    assert list(TextFile(path).pieces()) == [(path.read_bytes(), True)]  # which `data prepare` counts as no UTF-8
 
 
 def test_text_that_begins_like_a_packed_file(tmp_path: Path) -> None:

@@ -52,17 +52,17 @@ def tree(folder: Path) -> dict[str, bytes]:
         (
             "quantize.ignore=['transformer.h.0.mlp.c_fc']",
             "quantize",
-            "quantize was made by other choices (quantize.ignore was [], is ['transformer.h.0.mlp.c_fc'])",
+            'quantize was made by other choices (quantize.ignore was [], is ["transformer.h.0.mlp.c_fc"])',
             ["quantize"],
         ),
         (
             "finetune.save_steps=5",
             "measure",
-            "it was measured by other choices (finetune.save_steps was 2, is 5; measure.latency was True, is False)",
+            "it was measured by other choices (finetune.save_steps was 2, is 5; measure.latency was true, is false)",
             [],
         ),
         ("measure.text_share=0.1", "measure", "(measure.text_share was 0.2, is 0.1; measure.latency", []),
-        ("controls.random_heads=false", "measure", "(controls.random_heads was True, is False; measure.latency", []),
+        ("controls.random_heads=false", "measure", "(controls.random_heads was true, is false; measure.latency", []),
         (
             "prune.ratio=0.4",
             "prune",
@@ -75,7 +75,7 @@ def tree(folder: Path) -> dict[str, bytes]:
             "(quantize.method was rtn, is gptq; data.calibration was none",
             ["quantize"],
         ),
-        ("finetune.distill={weight: 0.3}", "finetune", "(finetune.distill was null, is {'temperature'", None),
+        ("finetune.distill={weight: 0.3}", "finetune", '(finetune.distill was null, is {"temperature"', None),
         ("load.window=4", "load", "load was made by other choices (load.window was null, is 4)", None),
         ("seed=1", "prune", "prune was made by other choices (seed was 0, is 1)", None),
         ("load.source=embedded", "load", "; embedded was another model", None),
@@ -102,6 +102,39 @@ def test_other_choices_are_refused_and_force_allows_them(
         assert [len(kept) for kept in results.heads["prune"].kept] == [3, 3]
     assert load_recipe(Recipe, run_copy / "recipe.yaml") == runner(run_copy, tiny_recipe, change).recipe
     assert not [*runner(run_copy, run_copy / "recipe.yaml").other_choices(STAGES)]
+
+
+def test_force_of_what_is_not_made(run_copy: Path, tiny_recipe: Path) -> None:
+    before = tree(run_copy)
+    for force, until in (("prune", "half"), ("control-plain", None)):
+        with pytest.raises(UserError, match=f"--force {force}: no stage of this call"):
+            runner(run_copy, tiny_recipe, "prune.ratio=0.4").execute(until=until, force=[force])
+    with pytest.raises(UserError, match=r"prune was made by .* give another --out, or leave out --until"):
+        runner(run_copy, tiny_recipe, "prune.ratio=0.4").execute(until="half")
+    assert tree(run_copy) == before
+
+
+def test_one_stage_goes_on_by_the_recipe_that_is_kept(run_copy: Path, tiny_recipe: Path, capfd) -> None:
+    """Whatever else stands there by other choices: it was forced before."""
+    changed = "prune.ratio=0.4"
+    runner(run_copy, tiny_recipe, changed).stage("prune", force=True)
+    capfd.readouterr()
+    runner(run_copy, run_copy / "recipe.yaml").stage("finetune")
+    assert work(capfd.readouterr().err) == ["finetune"]
+    with pytest.raises(UserError, match=r"control-random was made by other choices .* or --force control-random"):
+        runner(run_copy, tiny_recipe, changed).execute()
+    without = runner(run_copy, tiny_recipe, changed, "controls.random_heads=false")
+    with pytest.raises(UserError, match=f"or delete {run_copy / 'control-random'}"):
+        without.execute()
+
+
+@pytest.mark.parametrize("change", ["load.n_kv_head=3", "load.window=[4,5,6]", "load.source=."])
+def test_a_model_that_cannot_be_is_refused_before_anything_is_there(
+    change: str, tiny_recipe: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError):
+        runner(tmp_path / "run", tiny_recipe, change).execute(until="load")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_recipe_of_an_older_version_is_no_other_choice(run_copy: Path, tiny_recipe: Path) -> None:
@@ -197,7 +230,7 @@ def test_a_folder_of_somebody_else(name: str, tiny_recipe: Path, tmp_path: Path)
     path = tmp_path / "theirs" / name
     path.parent.mkdir(parents=True)
     path.write_text("years: of work")
-    for force in ([], list(BY_NAME)):
+    for force in ([], [stage.name for stage in WANTED]):
         with pytest.raises(UserError, match="give another --out"):
             runner(tmp_path / "theirs", tiny_recipe).execute(force=force)
     with pytest.raises(UserError, match="give another --out"):
@@ -237,12 +270,15 @@ def test_force_replaces_a_stage_and_nothing_else(
 
 def test_a_stage_by_itself(finished_run: Path, tiny_recipe: Path, tmp_path: Path, capfd) -> None:
     out = tmp_path / "run"
-    with pytest.raises(UserError, match=r"no such stage; run: python -m pipeline load --out"):
+    with pytest.raises(UserError, match=r"no such stage; first run, by the same recipe: python -m pipeline load --out"):
         runner(out, tiny_recipe).stage("half")
+    assert not out.exists()
     results = runner(out, tiny_recipe).stage("load")
     assert [row.key for row in results.rows] == ["load/torch/cpu/fp32", "load/torch/cuda:0/fp32"]
     runner(out, tiny_recipe).stage("half")
-    with pytest.raises(UserError, match="made with other choices than the recipe's"):
+    with pytest.raises(
+        UserError, match=r"made with other choices than the recipe's \(load.source was .* first run, by"
+    ):
         runner(out, tiny_recipe, "load.source=embedded").stage("half")
     assert RunFolder(out).verify("half").files == RunFolder(finished_run).verify("half").files
 
@@ -260,7 +296,7 @@ def test_damage_is_found_and_force_mends_it(
         "quantize": lambda: (run_copy / stage / "stage.json").write_text("{"),
     }
     harms[stage]()
-    with pytest.raises(UserError, match=f"{stage}.* make the stage again with --force {stage}") as caught:
+    with pytest.raises(UserError, match=f"{stage}.* make the stage again: .* --force {stage}") as caught:
         Runner(load_recipe(Recipe, tiny_recipe), run_copy).execute()
     assert "\n" not in str(caught.value)
     capfd.readouterr()

@@ -220,6 +220,21 @@ def test_a_damaged_stage_of_the_store_is_made_anew(run_copy: Path, tmp_path: Pat
     assert other.verify("half") == run.verify("half")
 
 
+def test_other_choices_of_a_point_are_refused(
+    swept: tuple[Path, list[Outcome]], brief: str, tmp_path: Path, cli: Callable
+) -> None:
+    out = Path(shutil.copytree(swept[0], tmp_path / "out"))
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
+    command = ("sweep", "--recipe", brief, "--grid", GRID[0], "--out", out)
+    for change, said in (
+        ("prune.ratio=0.4", "prune was made by other choices (prune.ratio was 0.2, is 0.4)"),
+        ("measure.latency=true", "it was measured by other choices (measure.latency was false, is true)"),
+    ):
+        code, _, err = cli(*command, "--set", change)
+        assert (code, err.count("\n")) == (2, 1) and f"{said}; give another --out, or delete it" in err
+    assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
+
+
 def test_launchers_by_name(brief: str, tmp_path: Path, cli: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     command = ("sweep", "--recipe", brief, "--grid", "prune.ratio=0.2", "--out", tmp_path / "out", "--launcher")
     assert cli(*command, "slurm") == (2, "", "error: --launcher slurm: give local or ray\n")

@@ -1,6 +1,5 @@
 """A folder's tokenizer: what it says of a text is what transformers says, and no file's hidden state changes it."""
 
-import copy
 import json
 import math
 import shutil
@@ -8,10 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer, ByT5Tokenizer, GPT2LMHeadModel
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoTokenizer, ByT5Tokenizer, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from eval.errors import UserError
 from pipeline.data import encode, scored_bytes
@@ -319,6 +318,27 @@ def test_agreement_and_tasks_hear_the_whole_text(
         assert found[0] == found[1]
 
 
+@torch.no_grad()
+def test_agreement_is_that_of_transformers_on_the_raw_text(folder: Path, cli, tmp_path: Path) -> None:
+    slow(folder)
+    other = Path(shutil.copytree(folder, tmp_path / "other"))
+    model = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32).eval()
+    changed = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32).eval()
+    changed.transformer.wte.weight.mul_(0.9)
+    changed.save_pretrained(other)
+    (tmp_path / "text.txt").write_bytes(TEXTS["separators"])
+    options = ("--text", tmp_path / "text.txt", "--tokens", 10**6, "--precision", "fp32", "--device", "cpu", "--json")
+    code, stdout, err = cli("compare", folder, other, *options)
+    assert code == 0, err
+    windows = torch.tensor([own(folder, TEXTS["separators"].decode())]).split(48, 1)
+    p, q = (torch.cat([m(part).logits[0] for part in windows]).double().log_softmax(-1) for m in (model, changed))
+    found = json.loads(stdout)
+    assert found["tokens"] == len(p)
+    assert found["kl"][0][1] == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-5)
+    assert found["kl"][1][0] == pytest.approx(float((q.exp() * (q - p)).sum(-1).mean()), rel=1e-5)
+    assert found["top1"][0][1] == pytest.approx(float((p.argmax(-1) == q.argmax(-1)).double().mean()))
+
+
 def test_no_text_is_too_long_for_the_tokenizer(tiny_tokenizer) -> None:
     """One line of a million letters, and one of a million spaces: all of it, in about the time of many lines."""
     for line in ("the cat " * 125_000, " " * 1_000_000):
@@ -326,11 +346,47 @@ def test_no_text_is_too_long_for_the_tokenizer(tiny_tokenizer) -> None:
         assert tiny_tokenizer.decode(ids.tolist(), clean_up_tokenization_spaces=False) == line
 
 
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+SPACED = {"special": False, "single_word": False, "normalized": False, "lstrip": False, "rstrip": True}
+
+
 @pytest.mark.parametrize(
-    ("text", "first"), [("a", "a"), ("<|endoftext|>a", "<|endoftext|>"), ("猫", None), ("  a", " ")]
+    ("parts", "text", "first"),
+    [
+        ({}, "aa", b"a"),
+        ({}, "<|endoftext|>a", b"<|endoftext|>"),
+        ({}, "  a", b" "),
+        ({}, "猫", "猫".encode()[:1]),
+        ({}, "\ufffd cat", b"\xef"),
+        ({"normalizer": {"type": "Lowercase"}}, "The cat", b"The"),
+        ({"normalizer": {"type": "NFC"}}, "e\u0301", b"\xc3"),
+        ({"normalizer": {"type": "Strip", "strip_left": True, "strip_right": True}}, " \n the cat", b" \n the"),
+        ({"pre_tokenizer": BYTES | {"add_prefix_space": True}}, "xa", b""),
+        ({"pre_tokenizer": BYTES | {"add_prefix_space": True}}, "猫", b""),
+        ({"post_processor": BYTES}, "  \n\nthe", b" "),
+        ({"added_tokens": [{"id": 0, "content": "<|endoftext|>", **SPACED}]}, "<|endoftext|>  the", b"<|endoftext|>  "),
+    ],
 )
-def test_scored_bytes_leave_out_the_first_token(text: str, first: str | None, tiny_tokenizer) -> None:
-    ids = encode(text, tiny_tokenizer)
-    wanted = len(text.encode()) - (1 if first is None else len(first.encode()))
-    assert scored_bytes(text, ids, tiny_tokenizer) == wanted
-    assert scored_bytes(text, ids, copy.deepcopy(tiny_tokenizer)) == wanted and isinstance(ids, np.ndarray)
+def test_scored_bytes_leave_out_what_the_first_token_stands_for(
+    parts: dict[str, Any], text: str, first: bytes, folder: Path
+) -> None:
+    change(folder, **parts)
+    assert scored_bytes(text, load_tokenizer(folder)) == len(text.encode()) - len(first)
+
+
+@pytest.mark.parametrize(("text", "first"), [("the cat", "the"), ("猫 the", "\udce7"), ("a", "")])
+def test_scored_bytes_of_words_with_bytes_to_fall_back_on(text: str, first: str) -> None:
+    """As SentencePiece's: a space is put before a text, and unknown letters are written as their bytes."""
+    vocabulary = {token: number for number, token in enumerate(["<unk>", "▁the", "▁", "▁cat", "c", "a"])}
+    vocabulary |= {f"<0x{byte:02X}>": 6 + byte for byte in range(256)}
+    bpe = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True, ignore_merges=True))
+    bpe.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never" if text[0] == "猫" else "always")
+    bpe.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe)
+    assert scored_bytes(text, tokenizer) == len(text.encode()) - len(first.encode(errors="surrogateescape"))
+
+
+@pytest.mark.parametrize(("text", "first"), [("ab", 1), ("猫", 1), ("</s>a", 4)])
+def test_scored_bytes_of_a_slow_tokenizer(text: str, first: int, folder: Path) -> None:
+    slow(folder)
+    assert scored_bytes(text, load_tokenizer(folder)) == len(text.encode()) - first

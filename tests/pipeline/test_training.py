@@ -13,12 +13,12 @@ import torch
 from torch.nn import functional as F
 from transformers import Trainer, TrainerCallback
 
-from eval.errors import WorkError
+from eval.errors import UserError, WorkError
 from pipeline.data import TokenBlocks
 from pipeline.model import CompactGPT2LMHeadModel, from_gpt2
 from pipeline.recipe import Distill, Finetune, Recipe, parse_recipe
 from pipeline.stages import Job, finetune, load
-from pipeline.training import ResumingTrainer, drop_checkpoints, last_checkpoint, train
+from pipeline.training import ResumingTrainer, Rollbacks, drop_checkpoints, last_checkpoint, train
 
 CHOICES = {"steps": 6, "batch_size": 2, "learning_rate": 1e-3, "save_steps": 2}
 
@@ -168,6 +168,37 @@ def test_a_cut_off_checkpoint_is_not_used(student, blocks, tmp_path: Path) -> No
     (tmp_path / "a" / "kept.json").write_text("{}")
     drop_checkpoints(tmp_path / "a")
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["kept.json"]
+
+
+def test_a_damaged_checkpoint_is_not_used(student, blocks, tmp_path: Path, capsys) -> None:
+    whole, curve = fit(student, blocks, tmp_path / "a")
+    damages: list[tuple[str, Callable[[bytes], bytes]]] = [
+        ("model.safetensors", lambda raw: raw[:-9]),
+        ("model.safetensors", lambda raw: b"\xff" * len(raw)),
+        ("optimizer.pt", lambda raw: raw[: len(raw) // 2]),
+        ("scheduler.pt", lambda raw: b"{}"),
+        ("rng_state.pth", lambda raw: b""),
+        ("trainer_state.json", lambda raw: b"[]"),
+        ("trainer_state.json", lambda raw: raw.replace(b'"global_step": 6', b'"global_step": "6"')),
+        ("optimizer.pt", lambda raw: raw[:3000] + bytes([raw[3000] ^ 1]) + raw[3001:]),
+    ]
+    for number, (name, damage) in enumerate(damages):
+        folder = Path(shutil.copytree(tmp_path / "a", tmp_path / str(number)))
+        path = folder / "checkpoint-6" / name
+        path.write_bytes(damage(path.read_bytes()))
+        if number < len(damages) - 1:
+            assert last_checkpoint(folder) == str(folder / "checkpoint-4")
+    again, same_curve = fit(student, blocks, folder)
+    assert same(whole, again) and curve == same_curve
+    told = capsys.readouterr().err
+    assert all(f"{number}/checkpoint-6: damaged, so the training does not" in told for number in range(len(damages)))
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "7", '[{"step": 3}]', "\xff"])
+def test_damaged_rollbacks(text: str, tmp_path: Path) -> None:
+    (tmp_path / "rollbacks.json").write_text(text, encoding="latin-1")
+    with pytest.raises(UserError, match=r"rollbacks\.json: damaged; give another --out"):
+        Rollbacks(tmp_path)
 
 
 def test_nothing_of_a_teacher_without_weight(student, teacher, blocks, tmp_path: Path) -> None:

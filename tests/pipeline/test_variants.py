@@ -70,8 +70,11 @@ def close(a: torch.Tensor, b: torch.Tensor, atol: float = 2e-5) -> None:
     torch.testing.assert_close(a, b, atol=atol, rtol=0)
 
 
-def naive(model: CompactGPT2LMHeadModel, ids: torch.Tensor) -> torch.Tensor:
-    """Logits by the definition: head by head, every query's keys picked one by one."""
+def naive(
+    model: CompactGPT2LMHeadModel, ids: torch.Tensor, told: dict[str, list[torch.Tensor]] | None = None
+) -> torch.Tensor:
+    """Logits by the definition: head by head, every query's keys picked one by one. `told` gets each layer's
+    `attentions` `[batch, heads, length, length]` and input, the last one's normed output, too."""
     config, weights = model.config, dict(model.named_parameters())
     batch, length = ids.shape
     size = config.head_dim
@@ -95,6 +98,7 @@ def naive(model: CompactGPT2LMHeadModel, ids: torch.Tensor) -> torch.Tensor:
             rope_parameters=rope | {"partial_rotary_factor": config.rotary_dim / size},
         )
         rotary = GPTNeoXRotaryEmbedding(neox)(x, positions)
+    hidden, attentions = [], []
     for layer, heads in enumerate(config.kept_heads):
         h = f"transformer.h.{layer}."
         normed = norm(x, h + "ln_1")
@@ -108,6 +112,8 @@ def naive(model: CompactGPT2LMHeadModel, ids: torch.Tensor) -> torch.Tensor:
         else:
             q, k, v = linear(normed, h + "attn.c_attn").chunk(3, dim=-1)
         contexts = []
+        attention = torch.zeros(batch, len(heads), length, length)
+        hidden.append(x)
         for index in range(len(heads)):
             group = sorted(set(groups)).index(groups[index])
             one = [t[:, None, :, at * size : at * size + size] for t, at in ((q, index), (k, group), (v, group))]
@@ -119,10 +125,15 @@ def naive(model: CompactGPT2LMHeadModel, ids: torch.Tensor) -> torch.Tensor:
                 seen = range(max(0, at + 1 - (config.windows[layer] or CONTEXT)), at + 1)
                 scores = (key[:, list(seen)] @ query[:, at, :, None])[..., 0] / size**0.5
                 context[:, at] = (scores.softmax(-1)[:, None] @ value[:, list(seen)])[:, 0]
+                attention[:, index, at, list(seen)] = scores.softmax(-1)
             contexts.append(context)
+        attentions.append(attention)
         x = x + linear(torch.cat(contexts, dim=-1), h + "attn.c_proj")
         x = x + linear(F.gelu(linear(norm(x, h + "ln_2"), h + "mlp.c_fc"), approximate="tanh"), h + "mlp.c_proj")
-    return norm(x, "transformer.ln_f") @ weights["transformer.wte.weight"].T
+    x = norm(x, "transformer.ln_f")
+    if told is not None:
+        told |= {"hidden_states": [*hidden, x], "attentions": attentions}
+    return x @ weights["transformer.wte.weight"].T
 
 
 @torch.no_grad()
@@ -136,6 +147,61 @@ def test_logits_follow_the_definition(model: CompactGPT2LMHeadModel) -> None:
     for length in (1, 2, CONTEXT):
         ids = tokens(2, length)
         close(model(ids).logits, naive(model, ids))
+
+
+@torch.no_grad()
+def test_hidden_states_and_attentions_follow_the_definition(model: CompactGPT2LMHeadModel) -> None:
+    """With uneven heads; in one go and token by token on a cache, however attention is computed."""
+    model, ids = slice_heads(model, UNEVEN), tokens(2, 17)
+    told: dict[str, list[torch.Tensor]] = {}
+    logits = naive(model, ids, told)
+    for implementation in ("sdpa", "eager"):
+        model.set_attn_implementation(implementation)
+        out = model(ids, output_hidden_states=True, output_attentions=True)
+        close(out.logits, logits)
+        for name, wanted in told.items():
+            for got, one in zip(out[name], wanted, strict=True):
+                close(got, one)
+        close(model(ids, labels=ids, return_dict=False)[1], logits)
+        cache = DynamicCache(config=model.config)
+        for at in range(17):
+            out = model(ids[:, at : at + 1], past_key_values=cache, output_hidden_states=True, output_attentions=True)
+            close(out.hidden_states[-1][:, 0], told["hidden_states"][-1][:, at])
+            for got, one in zip(out.attentions, told["attentions"], strict=True):
+                keys = got.shape[-1]
+                close(got[:, :, 0], one[:, :, at, at + 1 - keys : at + 1])
+
+
+@torch.no_grad()
+def test_a_compiled_step_on_a_static_cache() -> None:
+    """The whole graph, and the same numbers, past any window."""
+    model, ids = slice_heads(build(**(ALL | {"window": [4, None], "n_layer": 2})), UNEVEN[:2]), tokens(2, 16)
+    wanted = naive(model, ids)
+    cache = StaticCache(config=model.config, max_cache_len=CONTEXT)
+    torch._dynamo.reset()
+    step = torch.compile(model.forward, fullgraph=True, backend="eager")
+    close(model(ids[:, :13], past_key_values=cache, use_cache=True).logits, wanted[:, :13])
+    for at in range(13, 16):
+        close(step(ids[:, at : at + 1], past_key_values=cache, use_cache=True).logits[:, 0], wanted[:, at])
+
+
+def test_what_writes_the_same_text(model: CompactGPT2LMHeadModel) -> None:
+    """Caches that roll, stand or are cropped: greedy text is that without a cache."""
+    model, ids = slice_heads(model, UNEVEN), tokens(1, 12).repeat(1, 2)
+    drafter = slice_heads(model, [[3], [1], [0, 5]])  # proposes what is mostly refused
+    how: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 11, "do_sample": False}
+    how |= {"pad_token_id": 0, "eos_token_id": VOCAB}
+    wanted = model.generate(ids, use_cache=False, **how)
+    for choice in (
+        {"assistant_model": drafter},
+        {"assistant_model": model, "output_attentions": True},
+        {"prompt_lookup_num_tokens": 5},
+        {"cache_implementation": "static"},
+        {"cache_implementation": "dynamic_full"},
+        {"prefill_chunk_size": 5},
+    ):
+        text = model.generate(ids, **how, return_dict_in_generate=True, **choice).sequences
+        assert torch.equal(text[:, : wanted.shape[1]], wanted), choice  # a prompt's copy may write more than it should
 
 
 @torch.no_grad()
@@ -180,10 +246,10 @@ def test_a_cache_changes_nothing(model: CompactGPT2LMHeadModel) -> None:
 
 @torch.no_grad()
 def test_a_rolling_cache_holds_no_more_than_the_window() -> None:
-    """Over prompts shorter, equal and longer than the windows; a cache that the caller made empty, too."""
+    """Over prompts shorter, equal and longer than the windows, in a cache that was made for the model."""
     model, ids = build(window=[2, None, 7], n_kv_head=2), tokens(2, CONTEXT)
     for prompt in (1, 2, 6, 7, 8, 30):
-        cache = DynamicCache()
+        cache = DynamicCache(config=model.config)
         model(ids[:, :prompt], past_key_values=cache, use_cache=True)
         for at in range(prompt, CONTEXT):
             shapes = [tuple(layer.keys.shape) for layer in cache.layers]
@@ -191,8 +257,10 @@ def test_a_rolling_cache_holds_no_more_than_the_window() -> None:
             model(ids[:, at : at + 1], past_key_values=cache, use_cache=True)
     for layer, kept in zip(cache.layers, (1, CONTEXT, 6), strict=True):
         assert layer.keys.untyped_storage().nbytes() <= (kept + 1) * 2 * 2 * 8 * 4
-    with pytest.raises(ValueError, match="a static cache does not fit sliding windows"):
-        model(ids, past_key_values=StaticCache(config=model.config, max_cache_len=CONTEXT), use_cache=True)
+    close(model(ids, past_key_values=DynamicCache(), use_cache=True).logits, naive(model, ids))  # one that keeps all
+    assert not {"sliding_window", "layer_types"} & model.config.to_dict().keys()
+    with pytest.raises(ValueError, match="windows look back alone"):
+        model(ids, is_causal=False)
 
 
 @torch.no_grad()
