@@ -335,7 +335,7 @@ class Run(TypedDict, total=False):
     name: str
     recipe: dict[str, Any]
     machine: dict[str, Any]
-    versions: dict[str, Any]
+    versions: dict[str, str]
     git_commit: str | None
     date: str | None
     command: str | None
@@ -368,6 +368,18 @@ class Results(_Strict):
             raise ValueError(f"agreement: a row, {odd[0]}, is no STAGE/ENGINE/DEVICE/PRECISION")
         for stage in (*self.heads, *self.curves):
             _check_name("a stage", stage)
+        _check_choices(self.run.get("recipe", {}))
+
+
+def _check_choices(recipe: dict[str, Any]) -> None:
+    """Of a recipe, what reports and model cards read of it."""
+    for part in ("load", "data", "finetune"):
+        if not isinstance(recipe.get(part, {}), dict):
+            raise ValueError(f"run.recipe.{part} holds no keys")
+    sources = {"load.source": recipe.get("load", {}).get("source", "")}
+    sources |= {f"data.{key}": text for key, text in recipe.get("data", {}).items()}
+    if wrong := [key for key, source in sources.items() if not isinstance(source, str)]:
+        raise ValueError(f"run.recipe.{wrong[0]} is no text")
 
 
 def save_results(results: Results, path: Path) -> None:

@@ -35,6 +35,8 @@ _AUTO_MAP = {
 _OPENAI = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 _WEIGHTS = {"embedded": "mit"} | {prefix + name: "mit" for name in _OPENAI for prefix in ("", "openai-community/")}
 _WIKITEXT = ("embedded:", "hub:Salesforce/wikitext")
+_TOLD = ("name", "recipe.load.source", "recipe.data.train", "recipe.data.calibration", "machine", "versions")
+"""What a model card tells of the run."""
 
 
 def export(
@@ -64,7 +66,7 @@ def export(
     with disk_errors(partial), run.unchanging():
         _check_place(to, run_folder, force)
         results = load_results(run_folder / RESULTS)
-        if untold := [key for key in ("name", "recipe", "machine", "versions") if key not in results.run]:
+        if untold := [key for key in _TOLD if not _told(results.run, key)]:
             raise UserError(f"{run_folder / RESULTS}: run.{untold[0]}: missing; run the pipeline again")
         stages = _chain(run, results)
         name = next(iter(stages))
@@ -200,6 +202,15 @@ def _code_licence() -> str:
     if path.exists():
         return path.read_text(encoding="utf-8")
     return importlib.metadata.distribution("headroom").read_text("licenses/LICENSE") or ""
+
+
+def _told(run: Any, key: str) -> bool:
+    """Whether a dotted key is in what is told of a run."""
+    for part in key.split("."):
+        if part not in run:
+            return False
+        run = run[part]
+    return True
 
 
 def _card(results: Results, manifest: Manifest, precision: str, licence: str | None, model: str, with_ir: bool) -> str:
