@@ -18,6 +18,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import capture_outputs
 
 # Relative, for an export ships these files as they are.
@@ -293,7 +294,7 @@ class CompactGPT2Model(CompactGPT2PreTrainedModel):
         A GPU's values, for which the host must wait, are looked at only where the shapes leave room for doubt: padding
         may make a text longer than its positions.
         """
-        if torch.compiler.is_compiling() or torch.jit.is_tracing() or not position_ids.numel():
+        if is_tracing(position_ids) or not position_ids.numel():
             return
         reach, end = position_ids.shape[-1], self.config.n_positions
         if cache is not None:

@@ -76,11 +76,12 @@ def test_choices_narrow_a_run(run_copy: Path, tmp_path: Path, cli) -> None:
 def test_mistakes_are_one_line(run_copy: Path, tmp_path: Path, cli) -> None:
     model = run_copy / "half/model"
     for words, message in [
-        ([run_copy, "--precision", "int4"], "none of its rows is such and can run here"),
+        ([run_copy, "--precision", "int4"], "--precision int4: give fp32, fp16"),
+        ([run_copy, "--precision", "int4-int8"], "none of its rows is such and can run here"),
         ([run_copy, run_copy], "profile one run at a time"),
         ([model, model, *SHORT], "two of these profiles would be"),
         ([tmp_path / "nowhere"], "nowhere"),
-        ([model, "--engine", "onnx"], "give one of torch, cuda, openvino"),
+        ([model, "--engine", "onnx"], "--engine onnx: give torch, cuda or openvino"),
     ]:
         code, out, err = cli("profile", *words, "--out", tmp_path / "log")
         lines = [line for line in err.splitlines() if line.startswith("error: ")]
