@@ -10,12 +10,14 @@ import shutil
 import signal
 import sqlite3
 import struct
+import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from prose import prose
 from transformers import AutoTokenizer
@@ -24,12 +26,12 @@ from eval.errors import UserError, WorkError
 from pipeline import prepare as module
 from pipeline import tokenizing
 from pipeline.artifacts import sha256_file, sha256_tree
-from pipeline.cli import main
 from pipeline.journal import FATES, Journal
 from pipeline.prepare import prepare
 from pipeline.shards import find_shards
 from pipeline.wikitext import styled_documents
 
+ROOT = Path(__file__).parents[2]
 MARK = "<|endoftext|>"
 DOCUMENTS = prose(7, 60).strip().split("\n\n")
 
@@ -196,42 +198,31 @@ def test_what_a_worker_cannot_do_is_one_line(corpus: Path, tokenizer: Path, tmp_
     [(signal.SIGINT, 130, 1), (signal.SIGINT, 130, 2), (signal.SIGTERM, -signal.SIGTERM, 2)],
 )
 def test_told_to_end_it_leaves_nobody_behind(
-    number: signal.Signals, code: int, count: int, corpus: Path, tokenizer: Path, tmp_path: Path
+    number: signal.Signals, code: int, count: int, tokenizer: Path, tmp_path: Path
 ) -> None:
     """To the whole group, as a terminal's Ctrl-C; while workers start, which takes them some tenths of a second."""
-    pids, errors, start = tmp_path / "pids", tmp_path / "stderr", tokenizing._Worker.__init__
-    words = ["data", "prepare", corpus, "--tokenizer", tokenizer, "--workers", 2, "--out", tmp_path / "out"]
-
-    def started(self: Any, *args: Any) -> None:
-        start(self, *args)
-        with pids.open("a") as file:
-            file.write(f"{self.process.pid}\n")
-
-    def work() -> None:
-        os.setsid()
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would ignore it
-        os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT), 2)
-        sys.stderr, sys.argv = open(2, "w", buffering=1, closefd=False), ["pipeline", *map(str, words)]  # noqa: SIM115
-        tokenizing._Worker.__init__ = started  # type: ignore[method-assign]
-        main()
-
-    fork: Any = multiprocessing.get_context("fork")
-    process = fork.Process(target=work)
-    process.start()
-    while not pids.exists() or pids.read_text().count("\n") < count:
-        assert process.is_alive()
+    errors, corpus = tmp_path / "stderr", tmp_path / "text.txt"
+    text = "\n".join(DOCUMENTS)  # 3 MiB of it: three batches, so that two workers start
+    corpus.write_text(MARK.join(f"{number} {text}" for number in range((3 << 20) // len(text))))
+    words = ["data", "prepare", corpus, "--tokenizer", tokenizer, "--workers", "2", "--out", tmp_path / "out"]
+    with errors.open("wb") as file:
+        command = [sys.executable, "-m", "pipeline", *words]
+        process = psutil.Popen(command, cwd=ROOT, stderr=file, stdout=subprocess.DEVNULL, start_new_session=True)
+    workers: list[psutil.Process] = []
+    while len(workers) < count:
+        assert process.poll() is None, errors.read_text()
+        workers = process.children()
         time.sleep(0.001)
     os.killpg(process.pid, number)
-    process.join()
+    process.wait()
     err = errors.read_text()
-    assert process.exitcode == code and "Traceback" not in err
+    assert process.returncode == code and "Traceback" not in err
     if number == signal.SIGINT:
         assert err.splitlines()[-1] == "interrupted; run the same command to resume"
-    while any(Path(f"/proc/{pid}").exists() for pid in pids.read_text().split()):
-        time.sleep(0.01)  # they end by themselves, or this test hangs
+    assert not psutil.wait_procs(workers, timeout=60)[1]
     choices: dict[str, Any] = {"shard_tokens": 100_000_000, "validation_share": None}
-    make(corpus, tmp_path / "whole", tokenizer, **choices)
-    make(corpus, tmp_path / "out", tokenizer, **choices)
+    for name in ("whole", "out"):
+        prepare([str(corpus)], tmp_path / name, tokenizer, workers=2, **choices)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
