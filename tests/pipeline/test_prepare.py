@@ -26,7 +26,7 @@ from eval.errors import UserError, WorkError
 from pipeline import prepare as module
 from pipeline import tokenizing
 from pipeline.artifacts import sha256_file, sha256_tree
-from pipeline.journal import FATES, Journal
+from pipeline.journal import FATES, Journal, begun_here
 from pipeline.prepare import prepare
 from pipeline.shards import find_shards
 from pipeline.wikitext import styled_documents
@@ -150,6 +150,22 @@ def test_killed_over_and_over_it_ends_with_the_same_bytes(
     before = {path: path.stat().st_mtime_ns for path in out.iterdir() if path.is_file() and path.name != ".lock"}
     make(corpus, out, tokenizer)  # and once more: nothing to do
     assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_a_journal_that_was_half_written_is_ours(tmp_path: Path) -> None:
+    """Killed in a transaction of which a part is on the disk already."""
+    path = tmp_path / "state.db"
+    program = (
+        "import os, sqlite3, sys\n"
+        "database = sqlite3.connect(sys.argv[1])\n"
+        "database.execute('CREATE TABLE seen (digest BLOB PRIMARY KEY) WITHOUT ROWID')\n"
+        "database.execute('PRAGMA cache_size = 1')\n"
+        "database.executemany('INSERT INTO seen VALUES (?)', ((os.urandom(99),) for _ in range(2000)))\n"
+        "os.kill(os.getpid(), 9)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", program, path]).returncode == -signal.SIGKILL
+    assert path.with_name("state.db-journal").exists()
+    assert begun_here(path)
 
 
 def _written(out: Path) -> int:
