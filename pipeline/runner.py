@@ -15,6 +15,7 @@ from pipeline.artifacts import Manifest, RunFolder, disk_errors, fingerprint, gi
 from pipeline.choices import differences, kept_recipe, listed, written_by_a_run
 from pipeline.data import sha256_text
 from pipeline.measure import Measurer, check_lengths, load_tasks
+from pipeline.model import CompactGPT2Config
 from pipeline.options import MEASURE
 from pipeline.recipe import Recipe
 from pipeline.report import REPORTS, write_report
@@ -214,12 +215,22 @@ class Runner:
         """Before anything is written: the folder is no other's, the model, texts and tasks can be had, lengths fit."""
         self._refuse_strangers()
         if BY_NAME["load"] in wanted:
-            model, _ = load.wanted(self.recipe)
-            check_lengths(self.recipe.measure, model.config.n_positions)
+            check_lengths(self.recipe.measure, self._loaded_config().n_positions)
         evaluation = load_text(self.recipe.data.evaluation)
         for source in dict.fromkeys(source for stage in wanted for source in stage.reads(self.recipe)):
             refuse_overlap(source, load_text(source), evaluation)
         load_tasks(self.recipe.measure.tasks)
+
+    def _loaded_config(self) -> CompactGPT2Config:
+        """Of the model that `load` gives: as it stands there if it is up to date, else of the source, tried whole."""
+        stage = BY_NAME["load"]
+        manifest = self._finished(stage)
+        if manifest is not None and manifest.fingerprint == self.fingerprint(stage):
+            with contextlib.suppress(UserError):  # a damaged one is told of, or made again, where it is used
+                self.run.verify(stage.name)
+                return CompactGPT2Config.from_pretrained(self.run.stage(stage.name) / "model")
+        model, _ = load.wanted(self.recipe)
+        return model.config
 
     def _refuse_strangers(self) -> None:
         path = self.run.path / RECIPE
