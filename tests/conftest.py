@@ -18,6 +18,7 @@ import torch
 import yaml
 from browser import CHROMIUM, Browser
 from prose import prose
+from ptx_backend import pytest_addoption, pytest_configure, pytest_runtest_setup, pytest_unconfigure
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 

@@ -424,7 +424,7 @@ def test_a_refused_source_shows_the_compilers_words(tmp_path: Path) -> None:
 
 
 def test_a_killed_build_leaves_no_lock() -> None:
-    program = "from cuda_ext import host_build as b\nwith b._lock(b.cache_folder()):\n print(flush=True); input()"
+    program = "from cuda_ext import host_build as b\nwith b.lock(b.cache_folder()):\n print(flush=True); input()"
     holder = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert holder.stdout is not None
     holder.stdout.readline()  # it has the lock

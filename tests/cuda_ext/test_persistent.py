@@ -121,6 +121,9 @@ class Decoder:
         self.stop = torch.tensor(stop, dtype=torch.int32)
         self.logits = torch.full((batch, vocabulary + 3), NAN)
         library.hr_test_persistent_workspace.restype = ctypes.c_int64
+        library.hr_test_persistent_layer_bytes.restype = ctypes.c_int64
+        table_bytes = len(model.layers) * library.hr_test_persistent_layer_bytes()
+        self.table = torch.full((table_bytes,), 0xFF, dtype=torch.uint8)  # of layers, as the kernel reads it
         self.workspace = torch.empty(0, dtype=torch.uint8)
         self.workspace = torch.full((library.hr_test_persistent_workspace(self._numbers()),), 0xFF, dtype=torch.uint8)
         self.workspace[:8] = 0  # the counters
@@ -148,7 +151,8 @@ class Decoder:
         numbers += [part.data_ptr() if self.greedy or i < 2 else 0 for i, part in enumerate(state)]
         numbers += [self.history.shape[1], self.stop.data_ptr(), len(self.stop), PAD, self.greedy]
         numbers += [self.logits.data_ptr(), self.logits.shape[1], self.workspace.data_ptr()]
-        numbers += [shape.blocks, shape.threads, shape.splits, shape.shared_bytes, shape.work, len(model.layers)]
+        numbers += [shape.blocks, shape.threads, shape.splits, shape.shared_bytes, shape.work]
+        numbers += [self.table.data_ptr(), len(model.layers)]
         for heads, layer, cache in zip(s.heads, model.layers, model.caches, strict=True):
             numbers += [heads, *(part.data_ptr() for part in layer), cache[0].data_ptr(), cache[1].data_ptr()]
         self._kept = torch.tensor(numbers, dtype=torch.int64)
