@@ -443,6 +443,7 @@ def test_sanitizers_find_stray_accesses(sanitize: str, fault: int, report: str |
 # ---- builds ----
 
 
+@pytest.mark.host_runtime
 def test_both_sides_offer_the_same_names() -> None:
     """What device_gpu.h gives kernels, runtime.h gives too, and with the same parameters."""
     declared = re.compile(
@@ -462,6 +463,7 @@ def test_the_path_without_bulk_copies_can_be_chosen() -> None:
     assert not host_library([STRAY_SHIM], defines={"HEADROOM_BULK_COPY": 0}).hr_test_bulk_copy()
 
 
+@pytest.mark.host_runtime
 def test_no_compiler_is_one_clear_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(HostBuildError, match="no C\\+\\+ compiler: `no-such-compiler` was not found"):
@@ -483,6 +485,7 @@ def test_a_refused_source_shows_the_compilers_words(tmp_path: Path) -> None:
         host_library([SHIM], sanitize="thread")
 
 
+@pytest.mark.host_runtime
 def test_a_killed_build_leaves_no_lock() -> None:
     program = "from cuda_ext import host_build as b\nwith b.lock(b.cache_folder()):\n print(flush=True); input()"
     holder = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
@@ -497,6 +500,7 @@ def test_a_killed_build_leaves_no_lock() -> None:
     holder.communicate()
 
 
+@pytest.mark.host_runtime
 def test_a_changed_source_is_built_anew(tmp_path: Path) -> None:
     source = tmp_path / "number.cpp"
     for number in (1, 2):

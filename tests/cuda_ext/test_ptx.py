@@ -211,7 +211,9 @@ def test_comparisons_with_nan(ptx: Ptx, how: str) -> None:
     values = np.array([1.0, 2.0, np.nan, -np.inf], F32)
     a, b = (x.ravel().copy() for x in np.meshgrid(values, values))
     unordered = np.isnan(a) | np.isnan(b)
-    ordered = {"eq": a == b, "ne": a != b, "lt": a < b, "ge": a >= b}.get(how.removesuffix("u") if how != "neu" else "ne")
+    ordered = {"eq": a == b, "ne": a != b, "lt": a < b, "ge": a >= b}.get(
+        how.removesuffix("u") if how != "neu" else "ne"
+    )
     if how in ("num", "nan"):
         expected = unordered == (how == "nan")
     else:
@@ -455,7 +457,9 @@ def test_a_dependent_launch_must_wait(ptx: Ptx, waits: bool) -> None:
 # ---- faults ----
 
 PLACE = "mov.u32 %r1, block_memory; mul.lo.u32 %r2, %x, 4; add.u32 %r1, %r1, %r2;"
-INIT = "mov.u32 %r1, block_memory; setp.eq.u32 %t1, %x, 0; @%t1 mbarrier.init.shared::cta.b64 [%r1], 1; FENCE bar.sync 0;"
+INIT = (
+    "mov.u32 %r1, block_memory; setp.eq.u32 %t1, %x, 0; @%t1 mbarrier.init.shared::cta.b64 [%r1], 1; FENCE bar.sync 0;"
+)
 FENCED = INIT.replace("FENCE", "fence.mbarrier_init.release.cluster;")
 BULK_COPY = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
 FAULTS = {

@@ -154,11 +154,12 @@ const char* hr_ptx_unknown() {
 
 int hr_ptx_report(const char* path) {
     std::ofstream out(path);
+    const std::string unknown = hr_ptx_unknown();
     for (const auto& module : modules) {
         for (const auto& kernel : module->kernels) write_kernel(out, *kernel);
     }
     out << R"({"notes": [)";
     for (size_t n = 0; n < notes.size(); ++n) out << (n == 0 ? "" : ", ") << quoted(notes[n]);
-    out << "]}\n";
+    out << R"(], "unknown": )" << quoted(unknown) << "}\n";
     return out.good() ? kSuccess : kInvalidValue;
 }

@@ -22,6 +22,7 @@ struct Settings {
     Copies copies = Copies::kAtTheWait;
     bool any_order = false;         // any side of a divergent branch first, not the one with the lowest address
     bool weak_memory = false;       // blocks read stale lines, and see each other's stores late
+    bool always_weak = false;       // that, under every seed
     bool races = true;              // accesses of shared memory that nothing orders are faults
     bool named_memory = false;      // global accesses must lie within what hr_ptx_name_memory named
     bool rough = false;             // tensor cores truncate sums, approximate functions are 2 ulp off
