@@ -173,7 +173,7 @@ int prefill(const Model& model, void* workspace, const int* tokens, const int* s
         run(add_attention(model, layer, w, batch * length, stream));
         run(feed_forward(model, layer, w, batch * length, stream));
     }
-    run(head(model, w, rows, rows != nullptr ? row_count : batch * length, logits, ld_logits, stream));
+    run(head(model, w, rows, row_count, logits, ld_logits, stream));
     return run.error;
 }
 

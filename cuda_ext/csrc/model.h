@@ -34,7 +34,8 @@ struct Model {
 size_t workspace_bytes(const Model& model, int batch, int length);
 
 // New tokens [batch, length] behind start[b] cached ones; lengths[b] of them count, the rest is padding on the right.
-// logits: FP32, rows ld_logits apart, of the rows [batch * length] that `rows` lists (`row_count` of them), or of all.
+// logits: FP32 [row_count], rows ld_logits apart, of the rows [batch * length] that `rows` lists, or of the first ones where
+// it is null. row_count may be 0: a chunk of a prompt in which no sequence ends.
 int prefill(const Model& model, void* workspace, const int* tokens, const int* start, const int* lengths,
             const int* rows, int row_count, int batch, int length, float* logits, int ld_logits, Stream stream);
 
