@@ -8,10 +8,13 @@
 namespace headroom {
 
 struct Layer {
-    int heads;
+    Queries queries;
     const half *ln1_gain, *ln1_bias, *qkv_weight, *qkv_bias, *out_weight, *out_bias;
     const half *ln2_gain, *ln2_bias, *fc_weight, *fc_bias, *proj_weight, *proj_bias;
     KvCache cache;
+
+    HR_ANY int query_width() const { return queries.heads * cache.head_dim; }
+    HR_ANY int qkv_width() const { return (queries.heads + 2 * cache.heads) * cache.head_dim; }
 };
 
 // The way that was measured to be the fastest for products of rows / 2 + 1 to `rows` rows.
@@ -22,11 +25,13 @@ struct Choice {
 };
 
 struct Model {
-    int width, inner, vocabulary, context, head_dim;
+    int width, inner, vocabulary, head_dim;
+    int position_rows;  // of wpe: as many as positions, or one of zeros where they are rotary
     int ld_width, ld_inner;  // width and inner, padded with zeros to a multiple of 8
     float epsilon;
+    Rotary rotary;
     const half *wte, *wpe, *lnf_gain, *lnf_bias;
-    std::vector<Layer> layers;  // rows of out_weight are heads * head_dim apart
+    std::vector<Layer> layers;  // rows of out_weight are query_width() apart
     std::vector<Choice> choices;
 };
 
