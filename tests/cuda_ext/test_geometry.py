@@ -138,8 +138,9 @@ class Session:
 
     def drawn(self, before: list[int], texts: list[list[int]], top_k: int) -> None:
         """Each token behind the first `before` is one of the `top_k` likeliest, as far as rounding tells them apart."""
-        exact = self.read(texts, torch.float32)
-        slack = 2 * self.bound(texts, exact)
+        read = [text[:-1] for text in texts]  # the last one may be past the model's positions
+        exact = self.read(read, torch.float32)
+        slack = 2 * self.bound(read, exact)
         for b, text in enumerate(texts):
             for at in range(before[b], len(text)):
                 logits = exact[b, at - 1]
