@@ -65,8 +65,10 @@ class Shape:
 
 @dataclass(frozen=True)
 class Packed:
-    """`weights`: FP16 [elements]; `offsets`: the element at which each named tensor begins. Besides the checkpoint's own
-    there are, as they lie in memory, `rotary.angles` FP32 [context, rotary / 2, 2] and `h.N.attn.kv_head` int32 [heads].
+    """`weights`: FP16 [elements]; `offsets`: the element at which each named tensor begins.
+
+    Besides the checkpoint's own there are, as they lie in memory, `rotary.angles` FP32 [context, rotary / 2, 2] and
+    `h.N.attn.kv_head` int32 [heads].
     """
 
     shape: Shape
@@ -102,11 +104,12 @@ def pack(folder: Path) -> Packed:
     if unsupported(shape):
         raise CheckpointError(f"{folder / 'config.json'}: {unsupported(shape)}")
     parts = {name: _padded(name, tensor, shape) for name, tensor in checkpoint.tensors(torch.float16)}
-    for layer in range(len(shape.heads)):
-        for part in ("weight", "bias"):
-            name = f"h.{layer}.attn.c_attn.{part}"
-            split = [parts.pop(f"h.{layer}.attn.c_attn.{which}.{part}", None) for which in "qkv"]
-            parts[name] = _paired(parts[name] if split[0] is None else torch.cat(split), shape, layer)
+    for layer, module in enumerate(f"h.{layer}.attn.c_attn" for layer in range(len(shape.heads))):
+        for kind in ("weight", "bias"):
+            sources = [
+                name for name in (f"{module}.{kind}", *(f"{module}.{of}.{kind}" for of in "qkv")) if name in parts
+            ]
+            parts[f"{module}.{kind}"] = _paired(torch.cat([parts.pop(name) for name in sources]), shape, layer)
         readers = [group for group, size in enumerate(shape.groups[layer]) for _ in range(size)]
         parts[f"h.{layer}.attn.kv_head"] = torch.tensor(readers, dtype=torch.int32).view(torch.float16)
     if shape.rotary:

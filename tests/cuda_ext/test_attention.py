@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from heads import angles_of, kv_head_of, turned
 
 NAN = float("nan")
 
@@ -29,29 +30,6 @@ def close(got: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) 
     assert torch.isfinite(got).all()  # max() in Python would pass over a NaN
     wanted = attend(q, k, v, torch.float64)
     return float((got.double() - wanted).abs().max()), float((attend(q, k, v, torch.float16) - wanted).abs().max())
-
-
-def angles_of(positions: int, dims: int) -> torch.Tensor | None:
-    """Cosines and sines, FP32 [positions, dims / 2, 2]."""
-    angles = torch.arange(positions)[:, None] * 100.0 ** -(torch.arange(0, dims, 2) / max(dims, 1))
-    return torch.stack([angles.cos(), angles.sin()], -1) if dims else None
-
-
-def turned(x: torch.Tensor, angles: torch.Tensor | None, position: int) -> torch.Tensor:
-    """Heads [.., head_dim] in FP64, their first numbers turned in pairs (2i, 2i + 1), as complex numbers are."""
-    x = x.double().clone()
-    if angles is not None:
-        pairs = x[..., : 2 * angles.shape[1]].unflatten(-1, (-1, 2)).contiguous()
-        at = torch.view_as_complex(angles[min(position, len(angles) - 1)].double())
-        x[..., : 2 * angles.shape[1]] = torch.view_as_real(torch.view_as_complex(pairs) * at).flatten(-2)
-    return x
-
-
-def kv_head_of(readers: list[int]) -> torch.Tensor | None:
-    """None, where each query head has a key/value head of its own."""
-    if max(readers) == 1:
-        return None
-    return torch.tensor([head for head, count in enumerate(readers) for _ in range(count)], dtype=torch.int32)
 
 
 def prefill(
@@ -78,7 +56,8 @@ def prefill(
     )
     out = torch.full((batch * length * ld_out + 64,), NAN, dtype=torch.float16)
     ops.attention_prefill(
-        qkv, ld_qkv, heads, kv_head, window, k, v, kv_heads, capacity, head_dim, start, lengths, out, ld_out, batch, length
+        qkv, ld_qkv, heads, kv_head, window, k, v, kv_heads, capacity, head_dim, start, lengths, out, ld_out, batch,
+        length,
     )  # fmt: skip
     assert torch.isnan(out[batch * length * ld_out :]).all()
     rows = out[: batch * length * ld_out].view(batch, length, ld_out)
@@ -152,8 +131,8 @@ def decode(ops: Any, lengths: list[int], readers: list[int], head_dim: int, spli
     partial = torch.full((batch * heads * splits * (head_dim + 2),), NAN)
     counters = torch.zeros(batch * heads, dtype=torch.int32)
     ops.attention_decode(
-        q, ld_q, heads, kv_head, window, k, v, kv_heads, capacity, head_dim, torch.tensor(lengths, dtype=torch.int32), out,
-        ld_out, batch, splits, partial, counters,
+        q, ld_q, heads, kv_head, window, k, v, kv_heads, capacity, head_dim, torch.tensor(lengths, dtype=torch.int32),
+        out, ld_out, batch, splits, partial, counters,
     )  # fmt: skip
     assert not counters.any()
     rows = out[: batch * ld_out].view(batch, ld_out)

@@ -32,6 +32,9 @@ class Geometry:
     inner: int = 52
     vocabulary: int = 37
     positions: int = MOST_LENGTHS
+    groups: int | None = None  # key/value heads of a layer that is whole
+    rope_share: float | None = None  # None: learned positions
+    windows: tuple[int | None, ...] | None = None
     max_batch: int = 1
     max_context: int | None = None
     decode: str = "eager"
@@ -46,6 +49,8 @@ class Geometry:
             n_head=max(self.heads), head_dim=self.head_dim, n_inner=self.inner,
             # The last heads, so that a head's number is not its place.
             kept_heads=[list(range(max(self.heads) - heads, max(self.heads))) for heads in self.heads],
+            n_kv_head=self.groups, window=None if self.windows is None else list(self.windows),
+            position="learned" if self.rope_share is None else "rope", rope_share=self.rope_share or 1.0,
             initializer_range=0.15, bos_token_id=1, eos_token_id=1,
         )  # fmt: skip
         torch.manual_seed(self.width)
@@ -150,8 +155,9 @@ class Session:
     def poison(self, held: bool = True) -> None:
         """NaN, or a number that would be seen, in all that the engine has not promised to keep.
 
-        It keeps weights, the cached keys and values of what it holds, these sequences' state, and the logits that the
-        next token is drawn from. Not its workspaces, rows past the batch, nor the cache behind each sequence's end.
+        It keeps weights, the cached keys and values of what it holds, as far as the next token sees them, the state of
+        these sequences, and the logits that it is drawn from. Not its workspaces, rows past the batch, nor the cache
+        behind each sequence's end.
         """
         engine, batch = self.engine, len(self.texts) if held else 0
         engine.workspace.fill_(0xFF)
@@ -168,12 +174,15 @@ class Session:
         ):
             tensor[batch:] = -(2**30)
         at = 0
-        for heads in engine.shape.heads:
+        for heads, window in zip(engine.shape.kv_heads, engine.shape.windows, strict=True):
             shape = (2, engine.max_batch, heads, engine.context, engine.shape.head_dim)
             cache = engine.cache[at : at + torch.Size(shape).numel()].view(shape)
             at += cache.numel()
             for b in range(engine.max_batch):
-                cache[:, b, :, len(self.texts[b]) if b < batch else 0 :] = float("nan")
+                length = len(self.texts[b]) if b < batch else 0
+                cache[:, b, :, length:] = float("nan")
+                if window:  # the next token sees the last window - 1, and itself
+                    cache[:, b, :, : max(0, length + 1 - window)] = float("nan")
 
 
 def text_of(length: int, vocabulary: int, seed: int) -> list[int]:
@@ -188,14 +197,17 @@ def text_of(length: int, vocabulary: int, seed: int) -> list[int]:
 )
 def test_every_length_of_a_context(decode: str, head_dim: int, tmp_path: Path) -> None:
     """One token after another from 1 to 1,024: every boundary of a split, a tile and a round of keys is crossed."""
-    geometry = Geometry(decode=decode, head_dim=head_dim)
+    every_length(Geometry(decode=decode, head_dim=head_dim), tmp_path)
+
+
+def every_length(geometry: Geometry, tmp_path: Path) -> None:
     session = Session(geometry, geometry.save(tmp_path))
-    text = text_of(MOST_LENGTHS, geometry.vocabulary, seed=head_dim)
+    text = text_of(geometry.positions, geometry.vocabulary, seed=geometry.head_dim)
     exact = session.read([text], torch.float32)
     bound = session.bound([text], exact)
     session.texts = [text[:1]]
     errors = [float((session.engine.prefill(torch.tensor([text[:1]])) - exact[:, 0]).abs().max())]
-    for at in range(1, MOST_LENGTHS):
+    for at in range(1, geometry.positions):
         session.poison()
         session.texts = [text[: at + 1]]
         errors.append(float((session.engine.decode(torch.tensor(text[at : at + 1])) - exact[:, at]).abs().max()))
@@ -228,6 +240,12 @@ def test_the_shape_of_gpt2(tmp_path: Path) -> None:
         session.extend(3)
 
 
+@pytest.mark.parametrize("decode", ["eager", "persistent"])
+def test_every_length_of_a_context_by_windows(decode: str, tmp_path: Path) -> None:
+    geometry = Geometry(decode=decode, heads=(2, 3), groups=1, rope_share=0.5, windows=(100, 7), positions=260)
+    every_length(geometry, tmp_path)
+
+
 # ---- drawn shapes and calls ----
 
 BATCHES = (1, 2, 4, 5, 8, 9, 32)
@@ -246,7 +264,12 @@ def geometries(draw: st.DrawFn) -> Geometry:
     heads = tuple(draw(st.lists(near(1, 2, 12, 25, most=25), min_size=1, max_size=3)))
     max_batch = draw(st.sampled_from(BATCHES))
     positions = draw(near(64, 128, 192, 256, 512, 1024, most=MOST_LENGTHS))
+    dividers = [n for n in range(1, max(heads) + 1) if max(heads) % n == 0]
+    window = st.one_of(st.none(), near(2, 32, 64, 128, most=positions + 9).map(lambda tokens: max(2, tokens)))
     return Geometry(
+        groups=draw(st.one_of(st.none(), st.sampled_from(dividers))),
+        rope_share=draw(st.one_of(st.none(), st.sampled_from((1.0, 0.5, 0.3)))),
+        windows=draw(st.one_of(st.none(), st.tuples(*(window for _ in heads)))),
         width=draw(near(8, 64, 256, most=300)), head_dim=head_dim, heads=heads,
         inner=draw(near(8, 128, 256, 450, most=600)), vocabulary=draw(st.integers(8, 150)), positions=positions,
         max_batch=max_batch, max_context=draw(st.one_of(st.none(), st.integers(1, positions))), decode=decode,

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_attention import angles_of, turned
+from heads import angles_of, turned
 
 QKV, GELU, RESIDUAL, FLOAT = range(4)
 NAN = float("nan")
@@ -93,7 +93,9 @@ def test_queries_keys_and_values(ops: Any, rows: int, heads: int, head_dim: int)
 
 @pytest.mark.parametrize(("head_dim", "dims"), [(32, 32), (32, 6), (64, 64), (128, 50)])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (3, 1)])
-def test_rotary_and_grouped_heads(ops: Any, each_seed: Any, heads: int, kv_heads: int, head_dim: int, dims: int) -> None:
+def test_rotary_and_grouped_heads(
+    ops: Any, each_seed: Any, heads: int, kv_heads: int, head_dim: int, dims: int
+) -> None:
     rows = iter((1, 2, 3, 4, 5, 6, 7, 8, 5))
     for _ in each_seed(ops.library):
         n = (heads + 2 * kv_heads) * head_dim
