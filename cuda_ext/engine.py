@@ -75,8 +75,8 @@ class Engine:
             raise CudaExtError(f"max_context is {max_context}; the model's positions end at {shape.context}")
         self.shape, self.device, self.max_batch, self.context = shape, torch.device(device), max_batch, capacity
         self._packed, self._decode = packed, decode
-        # Dependent launches came with Hopper.
-        self._dependent = self.device.type == "cuda" and torch.cuda.get_device_capability(self.device) >= (9, 0)
+        # Dependent launches came with Hopper. On the CPU they change nothing, or are tested (docs/cuda.md).
+        self._dependent = self.device.type == "cpu" or torch.cuda.get_device_capability(self.device) >= (9, 0)
         self.weights = packed.weights.to(self.device)
         self.cache = torch.zeros(cache_elements(shape, max_batch, capacity), dtype=torch.float16, device=self.device)
         self._tuner = Tuner(self.device)

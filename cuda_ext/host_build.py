@@ -2,7 +2,8 @@
 
 `host_library` compiles with g++ (or `$CXX`) and loads. Objects and libraries are kept in a cache folder under
 the hash of all that went into them, so a second call costs milliseconds. `run_sanitized` runs any Python
-program in a process of its own in which every `host_library` is an AddressSanitizer or UBSan build.
+program in a process of its own in which every `host_library` is an AddressSanitizer or UBSan build. `use` puts
+another back end in g++'s place: ptx_build.py's, which runs what nvcc makes of the same sources.
 """
 
 import ctypes
@@ -15,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -34,6 +35,11 @@ SANITIZERS = {
 }
 
 
+Backend = Callable[[Sequence[str | Path], Mapping[str, object]], ctypes.CDLL]
+"""Gives a library with host_library's own surface for (sources, defines)."""
+_backend: Backend | None = None
+
+
 class HostBuildError(RuntimeError):
     """There is no C++ compiler, or it refused the sources."""
 
@@ -47,6 +53,12 @@ def compiler() -> str:
     return path
 
 
+def use(backend: Backend | None) -> None:
+    """Every later `host_library` of this process comes from `backend`; None: from g++ again."""
+    global _backend
+    _backend = backend
+
+
 def host_library(
     sources: Sequence[str | Path], sanitize: str | None = None, defines: Mapping[str, object] | None = None
 ) -> ctypes.CDLL:
@@ -57,21 +69,27 @@ def host_library(
     sanitizer is the default. `defines` become -D flags. `hr_host_seed` and `hr_host_error` have their types set.
     Raises HostBuildError with the compiler's words, FileNotFoundError, ValueError.
     """
+    if _backend is not None:
+        return _backend(sources, defines or {})
     sanitize = sanitize or os.environ.get(SANITIZE) or None
     if sanitize not in SANITIZERS:
         raise ValueError(f"sanitize is {sanitize!r}, not one of {list(SANITIZERS)}")
     flags = [*FLAGS, *SANITIZERS[sanitize], *_half_conversions()]
     defined = [*flags, *(f"-D{name}={value}" for name, value in (defines or {}).items())]
-    with _lock(cache_folder()):
+    with lock(cache_folder()):
         objects = [_object(Path(name), flags) for name in RUNTIME]
-        objects += [_object(_find(name), defined) for name in sources]
+        objects += [_object(find(name), defined) for name in sources]
         library = _link(objects, SANITIZERS[sanitize])
-    loaded = ctypes.CDLL(str(library), mode=ctypes.RTLD_LOCAL)
-    loaded.hr_host_seed.argtypes = [ctypes.c_uint64]
-    loaded.hr_host_seed.restype = None
-    loaded.hr_host_error.argtypes = []
-    loaded.hr_host_error.restype = ctypes.c_char_p
-    return loaded
+    return typed(ctypes.CDLL(str(library), mode=ctypes.RTLD_LOCAL))
+
+
+def typed(library: ctypes.CDLL) -> ctypes.CDLL:
+    """`library`, with the types of the two functions that every back end has."""
+    library.hr_host_seed.argtypes = [ctypes.c_uint64]
+    library.hr_host_seed.restype = None
+    library.hr_host_error.argtypes = []
+    library.hr_host_error.restype = ctypes.c_char_p
+    return library
 
 
 def run_sanitized(
@@ -107,14 +125,14 @@ def cache_folder() -> Path:
 
 
 @contextmanager
-def _lock(folder: Path) -> Iterator[None]:
+def lock(folder: Path) -> Iterator[None]:
     """One build at a time. The system lets go of the lock when its holder dies, so it cannot go stale."""
     with (folder / "lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
-def _find(source: str | Path) -> Path:
+def find(source: str | Path) -> Path:
     """The path as seen from within csrc, where compilers run: a build does not depend on where csrc lies."""
     if (CSRC / source).is_file():
         return Path(source)
@@ -130,31 +148,32 @@ def _half_conversions() -> list[str]:
     return ["-mf16c"] if has else []
 
 
-def _headers() -> bytes:
-    """The content of all headers: whichever changes, everything is compiled anew."""
-    return b"".join(path.read_bytes() for path in sorted(CSRC.rglob("*.h")))
+def headers() -> bytes:
+    """The content of all headers that kernels and their tests see: whichever changes, all is compiled anew."""
+    return b"".join(path.read_bytes() for path in sorted(CSRC.rglob("*.h")) if path.parent.name != "ptx")
 
 
-def _key(*parts: object) -> str:
+def key(*parts: object) -> str:
+    """Names a build after all that goes into it."""
     return hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()[:24]
 
 
 def _object(source: Path, flags: list[str]) -> Path:
     # The optimiser earns its time in the runtime, which is compiled once, not in kernels.
     flags = [*flags, "-O2"] if source.parent.name == "host" else flags
-    content = (CSRC / source).read_bytes() + _headers()
-    target = cache_folder() / f"{_key(source, flags, _version(), hashlib.sha256(content).hexdigest())}.o"
-    return _make(target, [compiler(), *flags, "-I.", "-x", "c++", "-c", str(source), "-o"])
+    content = (CSRC / source).read_bytes() + headers()
+    target = cache_folder() / f"{key(source, flags, version(), hashlib.sha256(content).hexdigest())}.o"
+    return make(target, [compiler(), *flags, "-I.", "-x", "c++", "-c", str(source), "-o"])
 
 
 def _link(objects: list[Path], flags: list[str]) -> Path:
-    target = cache_folder() / f"{_key(_version(), *(path.name for path in objects), *flags)}.so"
+    target = cache_folder() / f"{key(version(), *(path.name for path in objects), *flags)}.so"
     # An undefined name is an error of the build, not of the load; sanitizers leave theirs open.
     strict = [] if any("sanitize" in flag for flag in flags) else ["-Wl,-z,defs"]
-    return _make(target, [compiler(), "-shared", "-Wl,-Bsymbolic", *strict, *flags, *map(str, objects), "-lm", "-o"])
+    return make(target, [compiler(), "-shared", "-Wl,-Bsymbolic", *strict, *flags, *map(str, objects), "-lm", "-o"])
 
 
-def _make(target: Path, command: list[str]) -> Path:
+def make(target: Path, command: list[str]) -> Path:
     """Runs `command` with a temporary name at its end, which becomes `target` if all went well."""
     if target.exists():
         os.utime(target)
@@ -175,7 +194,8 @@ def _forget_old(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def _version() -> str:
+def version() -> str:
+    """Of the C++ compiler: its path and when it was installed."""
     path = compiler()
     return f"{path} {Path(path).resolve()} {Path(path).stat().st_mtime_ns}"
 

@@ -24,6 +24,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from pipeline.data import TokenBlocks
 from pipeline.model import CompactGPT2LMHeadModel, from_gpt2
 
+pytest_plugins = ["ptx_backend"]  # --ptx
 VOCAB = 269
 
 # Whoever started the tests may ignore Ctrl-C (a shell does so for its background jobs), and all that they start

@@ -134,6 +134,9 @@ class Decoder:
         self.stop = torch.tensor(stop, dtype=torch.int32)
         self.logits = torch.full((batch, vocabulary + 3), NAN)
         library.hr_test_persistent_workspace.restype = ctypes.c_int64
+        library.hr_test_persistent_layer_bytes.restype = ctypes.c_int64
+        table_bytes = len(model.layers) * library.hr_test_persistent_layer_bytes()
+        self.table = torch.full((table_bytes,), 0xFF, dtype=torch.uint8)  # of layers, as the kernel reads it
         self.workspace = torch.empty(0, dtype=torch.uint8)
         self.workspace = torch.full((library.hr_test_persistent_workspace(self._numbers()),), 0xFF, dtype=torch.uint8)
         self.workspace[:8] = 0  # the counters
@@ -163,7 +166,8 @@ class Decoder:
         numbers += [part.data_ptr() if self.greedy or i < 2 else 0 for i, part in enumerate(state)]
         numbers += [self.history.shape[1], self.stop.data_ptr(), len(self.stop), PAD, self.greedy]
         numbers += [self.logits.data_ptr(), self.logits.shape[1], self.workspace.data_ptr()]
-        numbers += [shape.blocks, shape.threads, shape.splits, shape.shared_bytes, shape.work, len(model.layers)]
+        numbers += [shape.blocks, shape.threads, shape.splits, shape.shared_bytes, shape.work]
+        numbers += [self.table.data_ptr(), len(model.layers)]
         for readers, window, kv_head, layer, cache in zip(
             s.readers, s.windows, model.kv_heads, model.layers, model.caches, strict=True
         ):
@@ -240,9 +244,20 @@ def test_splits_of_the_keys(library: ctypes.CDLL, splits: int) -> None:
     check(library, Sizes(), Shape(4, splits=splits), 2, past=70)
 
 
-def test_any_order_of_threads(library: ctypes.CDLL, each_seed: Any) -> None:
+@pytest.mark.parametrize("batch", [1, 2, 3])
+def test_any_order_of_threads(library: ctypes.CDLL, each_seed: Any, batch: int) -> None:
+    """Each batch is a kernel of its own, for 1, 2 and 4 rows."""
     for seed in each_seed(library):
-        check(library, Sizes(), Shape(2 + seed % 3), 1 + 2 * (seed % 2), steps=2, seed=seed)
+        check(library, Sizes(), Shape(2 + seed // 3), batch, steps=2, seed=seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("batch", "threads", "seed"), [(1, 256, 0), (2, 384, 4), (4, 256, 8)])
+def test_gpt2s_width(library: ctypes.CDLL, batch: int, threads: int, seed: int) -> None:
+    """All of the shared memory, and the engine's own counts of threads."""
+    library.hr_host_seed(seed)
+    sizes = Sizes(width=768, inner=3072, vocabulary=503, head_dim=64, readers=((1,) * 12, (1,) * 9), capacity=300)
+    check(library, sizes, Shape(7, threads=threads, shared_bytes=0), batch, steps=1, past=257, seed=seed)
 
 
 def test_variants_in_any_order_of_threads(library: ctypes.CDLL, each_seed: Any) -> None:
@@ -278,7 +293,7 @@ def greedy_reference(model: Model, token: list[int], lengths: list[int], steps: 
     return torch.tensor(found, dtype=torch.int32).T
 
 
-@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("batch", [1, 2, 3])
 def test_many_tokens_in_one_launch(library: ctypes.CDLL, batch: int) -> None:
     """Greedy tokens are the reference's; and logits and caches are, bit for bit, those of one launch a token."""
     steps = 4

@@ -24,6 +24,8 @@ int hr_gemm(const half* a, const half* weight, const half* bias, void* out, int 
                 variant, nullptr);
 }
 
+int hr_add_bias(const half* bias, float* x, int m, int n, int ld) { return add_bias(bias, x, m, n, ld, nullptr); }
+
 int hr_kv_append(half* qkv, int ld_qkv, int heads, half* k, half* v, int kv_heads, int capacity, int head_dim,
                  const float* angles, int dims, int positions, const int* start, const int* lengths, int batch,
                  int length) {

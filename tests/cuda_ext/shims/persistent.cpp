@@ -1,8 +1,6 @@
 // decode_persistent for ctypes: sizes and addresses as int64 [...], in the order in which they are read here.
 #include "decode_persistent.h"
 
-#include <vector>
-
 using namespace headroom;
 
 namespace {
@@ -16,8 +14,8 @@ struct Reader {
     }
 };
 
-// `layers` must stay where it is as long as the result is used.
-PersistentDecode read(const int64_t* numbers, float epsilon, std::vector<Layer>& layers) {
+// The table of layers is written to the memory that the numbers name for it.
+PersistentDecode read(const int64_t* numbers, float epsilon) {
     Reader r{numbers};
     PersistentDecode p{};
     p.width = r.number(), p.inner = r.number(), p.vocabulary = r.number(), p.position_rows = r.number();
@@ -35,8 +33,10 @@ PersistentDecode read(const int64_t* numbers, float epsilon, std::vector<Layer>&
     p.blocks = r.number(), p.threads = r.number(), p.splits = r.number();
     p.shared_bytes = static_cast<size_t>(r.number());
     p.work = static_cast<PersistentWork>(r.number());
-    layers.resize(static_cast<size_t>(r.number()));
-    for (Layer& layer : layers) {
+    Layer* const layers = r.address<Layer>();
+    p.layers = layers, p.layer_count = r.number();
+    for (int i = 0; i < p.layer_count; ++i) {
+        Layer& layer = layers[i] = {};
         const int heads = r.number(), kv_heads = r.number();
         layer.queries = {heads, r.address<const int>(), r.number()};
         for (const half** part : {&layer.ln1_gain, &layer.ln1_bias, &layer.qkv_weight, &layer.qkv_bias, &layer.out_weight,
@@ -47,7 +47,6 @@ PersistentDecode read(const int64_t* numbers, float epsilon, std::vector<Layer>&
         layer.cache = {k, r.address(), kv_heads, s.capacity, p.head_dim};
         if (heads > p.most_heads) p.most_heads = heads;
     }
-    p.layers = layers.data(), p.layer_count = static_cast<int>(layers.size());
     return p;
 }
 
@@ -55,18 +54,17 @@ PersistentDecode read(const int64_t* numbers, float epsilon, std::vector<Layer>&
 
 extern "C" {
 
+int64_t hr_test_persistent_layer_bytes() { return sizeof(Layer); }
+
 int hr_test_persistent(const int64_t* numbers, float epsilon, int steps) {
-    std::vector<Layer> layers;
-    return decode_persistent(read(numbers, epsilon, layers), steps, nullptr);
+    return decode_persistent(read(numbers, epsilon), steps, nullptr);
 }
 
 int64_t hr_test_persistent_workspace(const int64_t* numbers) {
-    std::vector<Layer> layers;
-    return static_cast<int64_t>(persistent_workspace_bytes(read(numbers, 0.0f, layers)));
+    return static_cast<int64_t>(persistent_workspace_bytes(read(numbers, 0.0f)));
 }
 
 int hr_test_persistent_max_blocks(const int64_t* numbers) {
-    std::vector<Layer> layers;
-    return persistent_max_blocks(read(numbers, 0.0f, layers));
+    return persistent_max_blocks(read(numbers, 0.0f));
 }
 }
