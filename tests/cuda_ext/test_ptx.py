@@ -68,8 +68,8 @@ def ptx() -> Iterator[Ptx]:
     machine.lib.hr_host_seed(0)
     machine.set(named_memory=1, budget=2_000_000)
     yield machine
+    machine.set(named_memory=0, rough=0, races=1, always_weak=0, budget=300_000_000)
     machine.lib.hr_host_seed(0)
-    machine.set(named_memory=0, rough=0, races=1, budget=300_000_000)
 
 
 def aligned(*shape: int, dtype: Any = np.uint32, fill: int = 0) -> NDArray:
@@ -429,13 +429,26 @@ def test_release_and_acquire_are_needed(ptx: Ptx, release: str, acquire: str, ri
     body = HANDSHAKE.replace("RELEASE", release).replace("ACQUIRE", acquire)
     kernel, results = ptx.kernel(body, 3), set()
     for seed in range(27):
+        ptx.set(always_weak=1)
         ptx.lib.hr_host_seed(seed)
-        ptx.set(weak_memory=1)
         data, flag, out = aligned(32), aligned(32), aligned(32)
         assert ptx.launch(kernel, data, flag, out, threads=1, blocks=2, cooperative=True) == 0
         assert ptx.lib.hr_ptx_finish() == 0, ptx.error
         results.add(int(out[0]))
     assert results == {7} if right else 0 in results
+
+
+def test_a_block_sees_its_own_stores_and_atomics_in_order(ptx: Ptx) -> None:
+    """Under weak memory too: one address is read, written, added to and read again."""
+    body = """ld.global.u32 %r1, [%p0]; st.global.u32 [%p0], 5; ld.global.u32 %r2, [%p0];
+        red.relaxed.gpu.global.add.u32 [%p0], 3; ld.global.u32 %r3, [%p0]; atom.global.max.u32 %r4, [%p0], 9;
+        st.global.v4.u32 [%p1], {%r1, %r2, %r3, %r4};"""
+    ptx.set(always_weak=1)
+    for seed in range(9):
+        ptx.lib.hr_host_seed(seed)
+        data, out = aligned(32), aligned(4)
+        assert ptx.run(body, data, out, threads=1) == 0, ptx.error
+        assert (out.tolist(), int(data[0])) == ([0, 5, 8, 8], 9)
 
 
 @pytest.mark.parametrize("waits", [True, False])

@@ -111,6 +111,7 @@ void atomic(Warp& w, const Instruction& i, Lanes lanes) {
             place = reinterpret_cast<T*>(shared_at(w, static_cast<uint32_t>(address)));
         } else {
             check_global(w, i, lane, address, sizeof(T), sizeof(T));
+            settle(*w.block, address, sizeof(T));
             if (i.release) release(w, lane);
             place = reinterpret_cast<T*>(address);
         }
