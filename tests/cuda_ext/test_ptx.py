@@ -480,6 +480,10 @@ FAULTS = {
     "write_after_read": (
         f"{PLACE} ld.shared.u32 %r3, [%r1]; st.shared.u32 [block_memory+4], %r3;", r"race: write at 4 after the read"
     ),
+    "read_after_atomic": (
+        "mov.u32 %r1, block_memory; atom.shared.add.u32 %r2, [%r1], 1; ld.shared.u32 %r3, [%r1];",
+        r"race: read at 0 after the write of several threads",
+    ),
     "beyond_shared_memory": ("ld.shared.u32 %r3, [block_memory+1024];", r"out of bounds: 4 bytes at 1024 of 1024"),
     "before_shared_memory": (
         "mov.u32 %r1, block_memory; sub.u32 %r1, %r1, 4; ld.shared.u32 %r3, [%r1];", r"out of bounds: 4 bytes at -4"
@@ -576,5 +580,7 @@ def test_barriers_order_shared_memory(ptx: Ptx) -> None:
     assert ptx.run(f"{write} bar.warp.sync -1; {read}", threads=32) == 0, ptx.error
     assert ptx.run(f"{write} bar.warp.sync -1; {read}", threads=64) == FAULT
     ptx.lib.hr_host_seed(0)
+    atomics = "mov.u32 %r1, block_memory; atom.shared.exch.b32 %r2, [%r1], 0; atom.shared.add.u32 %r2, [%r1], 1;"
+    assert ptx.run(f"{atomics} bar.sync 0; {read}", threads=64) == 0, ptx.error
     ptx.set(races=0)
     assert ptx.run(f"{write} {read}", threads=64) == 0, ptx.error
