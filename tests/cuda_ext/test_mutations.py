@@ -14,6 +14,7 @@ import pytest
 
 from cuda_ext import host_build
 
+pytestmark = pytest.mark.host_runtime
 HERE = Path(__file__).parent
 
 
