@@ -16,6 +16,7 @@ from cuda_ext import host_build
 
 pytestmark = pytest.mark.host_runtime
 HERE = Path(__file__).parent
+pytestmark = pytest.mark.thorough
 
 
 @dataclass(frozen=True)
