@@ -14,9 +14,8 @@ import pytest
 
 from cuda_ext import host_build
 
-pytestmark = pytest.mark.host_runtime
 HERE = Path(__file__).parent
-pytestmark = pytest.mark.thorough
+pytestmark = [pytest.mark.thorough, pytest.mark.host_runtime]
 
 
 @dataclass(frozen=True)
