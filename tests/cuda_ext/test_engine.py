@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from recorded import by_graphs
 
 from cuda_ext import CheckpointError, CudaExtError, Engine, memory, ops
 from cuda_ext.engine import _dependent
@@ -199,29 +200,6 @@ def test_a_persistent_launch_that_was_broken_off_leaves_no_trace(folder: Path) -
     assert engine.generate(ids, 5) == wanted
 
 
-class Recorded:
-    """What a CUDA graph holds, on the CPU: launches with the arguments that they were captured with."""
-
-    def __init__(self, step: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
-        self.launches: list[tuple[Callable[..., int], tuple[object, ...]]] = []
-        found = ops._function
-
-        def recording(device: str, name: str) -> Callable[..., int]:
-            def note(*arguments: object) -> int:
-                self.launches.append((found(device, name), arguments))
-                return 0
-
-            return note
-
-        with monkeypatch.context() as patch:
-            patch.setattr(ops, "_function", recording)
-            step()
-
-    def replay(self) -> None:
-        for launch, arguments in self.launches:
-            assert launch(*arguments) == 0
-
-
 ASKED: list[dict[str, Any]] = [
     {"temperature": 0.9, "seed": 3},
     {"temperature": 0.9, "seed": 2**63 + 3},
@@ -232,18 +210,11 @@ ASKED: list[dict[str, Any]] = [
 ]
 
 
-def test_one_graph_of_a_batch_serves_every_request(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_graph_of_a_batch_serves_every_request(folder: Path) -> None:
     """Temperature, filters, seed and stop tokens are not captured; batches have a graph each."""
     engine = Engine.from_checkpoint(folder, device="cpu", max_batch=2, decode="eager")
     plain = Engine.from_checkpoint(folder, device="cpu", max_batch=2, decode="eager")
-    captured: list[Recorded] = []
-
-    def capture(step: Callable[[], None]) -> Any:
-        captured.append(Recorded(step, monkeypatch))
-        return captured[-1]
-
-    monkeypatch.setattr(engine, "_capture", capture)
-    engine._ways = {1: "graph", 2: "graph"}
+    captured = by_graphs(engine)
     ids = torch.randint(2, VOCABULARY, (2, 6))
     drawn = []
     for how in ASKED:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from recorded import by_graphs
 
 from cuda_ext import Engine
 from pipeline.checkpoint import load_model
@@ -71,6 +72,8 @@ class Session:
         self.engine = Engine.from_checkpoint(
             folder, device="cpu", max_batch=geometry.max_batch, max_context=geometry.max_context, decode=geometry.decode
         )
+        if geometry.decode == "graph":
+            by_graphs(self.engine)
         self.texts: list[list[int]] = []
 
     @property
@@ -164,6 +167,7 @@ class Session:
         if engine._persistent is not None:
             engine._persistent._workspace[8:].fill_(0xFF)  # counters come first
         engine._logits[batch:] = float("nan")
+        engine._sampling.fill_(-1)
         for tensor in (
             engine._tokens,
             engine._position,
@@ -193,7 +197,7 @@ def text_of(length: int, vocabulary: int, seed: int) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("decode", "head_dim"), [("eager", 64), ("persistent", 64), ("eager", 128), ("persistent", 32)]
+    ("decode", "head_dim"), [("graph", 64), ("persistent", 64), ("eager", 128), ("persistent", 32)]
 )
 def test_every_length_of_a_context(decode: str, head_dim: int, tmp_path: Path) -> None:
     """One token after another from 1 to 1,024: every boundary of a split, a tile and a round of keys is crossed."""
