@@ -69,6 +69,8 @@ def interpreter() -> ctypes.CDLL:
         ("launches", [], ctypes.c_uint64),
         ("unknown", [], text),
         ("report", [text], ctypes.c_int),
+        ("profile_begin", [ctypes.c_uint32, ctypes.c_uint32, ctypes.c_uint32], None),
+        ("profile_end", [text], ctypes.c_int),
     ):
         function = loaded[f"hr_ptx_{name}"]
         function.argtypes, function.restype = arguments, result

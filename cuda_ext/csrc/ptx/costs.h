@@ -1,0 +1,28 @@
+// What a PTX instruction is to a multiprocessor: of which kind, how many issue slots it takes, when its result is there.
+//
+// Estimates, for all architectures alike: ptxas decides. Arithmetic takes 4 cycles (Jia et al. 2019, "Dissecting the
+// NVidia Turing T4 GPU via microbenchmarking", table 4.1; Luo et al. 2024, "Benchmarking and dissecting the Nvidia Hopper
+// GPU architecture"); divisions are sequences of instructions whose lengths we counted in SASS.
+#pragma once
+
+#include "program.h"
+
+namespace headroom::ptx {
+
+enum class Kind : uint8_t {
+    kFree,        // ptxas folds it into others: moves, address spaces, parameters
+    kLoadGlobal, kStoreGlobal, kAtomic, kAsyncCopy,
+    kShared, kTensor, kFloat, kInteger, kConvert, kSpecial, kControl, kWarp, kBarrier, kWait,
+    kCount
+};
+extern const char* const kKindNames[static_cast<size_t>(Kind::kCount)];
+
+struct Cost {
+    Kind kind;
+    uint8_t slots;     // of a warp scheduler
+    uint16_t latency;  // cycles; of global loads: what the observer is told instead
+};
+
+Cost cost_of(const Instruction& i);
+
+}  // namespace headroom::ptx
