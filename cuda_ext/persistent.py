@@ -12,13 +12,18 @@ _CPU_BLOCKS = 3
 class Persistent:
     """The launch geometry for each batch that fits, and the kernel's own buffers."""
 
-    def __init__(self, table: Tensor, max_batch: int, device: torch.device) -> None:
+    def __init__(
+        self, table: Tensor, max_batch: int, device: torch.device, geometry: tuple[int, int] | None = None
+    ) -> None:
+        """`geometry`: blocks and threads of each; None: what the device holds at once."""
         self._table, kind = table, device.type
-        self._threads = _THREADS[kind]
+        self._threads = _THREADS[kind] if geometry is None else geometry[1]
         self._blocks = {}
         for batch in range(1, min(max_batch, ops.PERSISTENT_BATCH) + 1):
             blocks = ops.persistent_blocks(table, batch, self._threads, kind)
-            if blocks:
+            if blocks and geometry is not None:
+                self._blocks[batch] = geometry[0]
+            elif blocks:
                 self._blocks[batch] = blocks if kind == "cuda" else min(blocks, _CPU_BLOCKS)
         most = max(self._blocks.values(), default=1)
         self._layers = ops.layers(table, kind).to(device)

@@ -1,10 +1,11 @@
 // Counts what a profiler would, for each launch: instructions by kind, sectors, bank conflicts, bytes, and the longest
 // chain of waits.
 //
-// The chain is that of an idle multiprocessor that takes PTX in its order: a warp issues an instruction when the one
-// before it has issued and its operands are there, so a load that stands behind the use of another load's result waits for
-// it, whether or not it needs that result. Barriers join the warps of a block, acquire and release those of a grid.
-// ptxas may order otherwise, and warps that share a scheduler are not slowed by each other: both are for a GPU to tell.
+// The chain is that of an idle multiprocessor and a compiler that orders as well as it may within a basic block: there an
+// instruction issues when its operands are ready, and the next basic block begins when all of this one have issued. So a
+// load behind a branch waits for what was used before the branch, whether or not it needs it. Barriers join the warps of
+// a block, acquire and release those of a grid. ptxas may do worse (it sinks loads to save registers), and warps that
+// share a scheduler do not slow each other here: both are for a GPU to tell.
 #include <algorithm>
 #include <array>
 #include <bit>
@@ -22,6 +23,8 @@ namespace headroom::ptx {
 namespace {
 
 constexpr uint32_t kSector = 32, kBank = 4, kBanks = 32;
+constexpr uint32_t kBarrierCycles = 20;
+constexpr size_t kMostPredicated = 10;  // instructions
 constexpr size_t kMostSpin = 8;  // instructions of a loop that does nothing but poll
 
 // ---- one instruction's addresses ----
@@ -141,13 +144,20 @@ const Path& later(const Path& a, const Path& b) { return a.cycles < b.cycles ? b
 struct Operands {
     Cost cost;
     std::vector<uint32_t> read, written;
+    bool begins_block = false;  // a basic block
 };
+
+// ptxas turns a branch over few instructions into predicates of these: no basic block ends.
+bool becomes_predicates(const Instruction& branch, size_t at) {
+    const auto target = static_cast<size_t>(branch.target);
+    return branch.target >= 0 && target > at && target - at <= kMostPredicated;
+}
 
 std::vector<Operands> operands_of(const Kernel& kernel, uint32_t& registers) {
     std::unordered_map<uint32_t, uint32_t> numbers;
     std::vector<Operands> all;
     for (const Instruction& i : kernel.code) {
-        Operands o{cost_of(i), {}, {}};
+        Operands o{cost_of(i), {}, {}, false};
         const auto add = [&](std::vector<uint32_t>& to, uint32_t place) {
             if (place != kNone) to.push_back(numbers.try_emplace(place, static_cast<uint32_t>(numbers.size())).first->second);
         };
@@ -162,6 +172,13 @@ std::vector<Operands> operands_of(const Kernel& kernel, uint32_t& registers) {
         }
         all.push_back(std::move(o));
     }
+    for (size_t n = 0; n < all.size(); ++n) {
+        const Instruction& i = kernel.code[n];
+        const bool branches = i.role == Role::kBranch && !becomes_predicates(i, n);
+        if (branches) all[static_cast<size_t>(i.target)].begins_block = true;
+        const bool orders = branches || i.role == Role::kBlockBarrier || all[n].cost.kind == Kind::kWait;
+        if (orders && n + 1 < all.size()) all[n + 1].begins_block = true;
+    }
     registers = static_cast<uint32_t>(numbers.size());
     return all;
 }
@@ -169,12 +186,16 @@ std::vector<Operands> operands_of(const Kernel& kernel, uint32_t& registers) {
 // ---- what is kept of warps, blocks and launches while they run ----
 
 struct WarpState {
-    Path now;                 // when it can issue its next instruction
+    Path begun;  // when its basic block began
+    Path last;   // when the last of its instructions has issued
+    const Instruction* waited_longest = nullptr;  // what `last` waited for
+    uint32_t slots = 0;                           // issued since the block began
     std::vector<Path> ready;  // when registers can be read
     std::vector<const Instruction*> producer;
     std::deque<Path> groups;  // of cp.async: when they arrive
     Path open_group;
-    uint32_t barrier_waited = 0;  // the epoch of the block barrier that it came to last
+    const Instruction* barrier = nullptr;  // of the block, that it has come to
+    uint32_t barrier_epoch = 0;
     Path wait;                    // griddepcontrol.wait
     const Instruction* poll = nullptr;
     std::vector<const Instruction*> since_poll;  // counted; a poll again takes them back
@@ -204,6 +225,7 @@ struct Launch {
     std::vector<uint64_t> executions, stalls;  // by instruction; stalls in cycles
     std::map<std::pair<const Instruction*, bool>, Memories> memories;  // by instruction, and whether it was shared memory
     SectorSet read, written, cold;
+    uint64_t l2_sectors = 0;  // that L1 does not have, each as often as it is asked for
     std::map<uint64_t, std::vector<Path>> arrivals;  // by address, of red.release
     Path end, end_after_wait;
     std::unordered_map<const Block*, BlockState> running;
@@ -219,7 +241,8 @@ class Profile : public Observer {
   private:
     void enter(Warp& w);
     void take_back(const Instruction& i);
-    void issue(Warp& w, const Instruction& i, const Operands& o);
+    void begin_block();
+    void issue(const Instruction& i, const Operands& o);
     void wait_for(const Instruction& i, const Path& path);
     void synchronise(Warp& w, const Instruction& i);
     void end_warp(Warp& w);
@@ -237,6 +260,7 @@ class Profile : public Observer {
     WarpState* state_ = nullptr;
     Launch* launch_ = nullptr;
     BlockState* block_ = nullptr;
+    Path issued_;
 };
 
 void Profile::enter(Warp& w) {
@@ -268,49 +292,63 @@ void Profile::take_back(const Instruction& i) {
     WarpState& s = *state_;
     if (s.poll == &i && s.since_poll.size() <= kMostSpin) {
         for (const Instruction* counted : s.since_poll) --launch_->executions[index(*counted)];
-        s.now = s.before_poll;
+        s.last = s.before_poll;
     }
-    s.poll = &i, s.since_poll.clear(), s.before_poll = s.now;
+    s.poll = &i, s.since_poll.clear(), s.before_poll = s.last;
 }
 
+// The warp goes no further before `path`.
 void Profile::wait_for(const Instruction& i, const Path& path) {
-    if (path.cycles <= state_->now.cycles) return;
-    launch_->stalls[index(i)] += path.cycles - state_->now.cycles;
-    state_->now = path;
+    if (path.cycles <= state_->last.cycles) return;
+    launch_->stalls[index(i)] += path.cycles - state_->last.cycles;
+    state_->last = path;
+}
+
+void Profile::begin_block() {
+    WarpState& s = *state_;
+    const uint32_t busy = s.begun.cycles + s.slots;
+    if (s.waited_longest != nullptr && s.last.cycles > busy) {
+        launch_->stalls[index(*s.waited_longest)] += s.last.cycles - busy;
+    }
+    if (s.last.cycles < busy) s.last.cycles = busy;
+    s.begun = s.last, s.slots = 0, s.waited_longest = nullptr;
 }
 
 void Profile::executes(Warp& w, const Instruction& i, Lanes lanes) {
     if (&w != warp_) enter(w);
-    if (state_->barrier_waited != 0 && w.block->epoch > state_->barrier_waited) {
-        Path come = block_->barriers[state_->barrier_waited].after(20);
+    const Operands& o = (*launch_->operands)[index(i)];
+    if (o.begins_block) begin_block();
+    if (state_->barrier != nullptr && w.block->epoch > state_->barrier_epoch) {
+        Path come = block_->barriers[state_->barrier_epoch].after(kBarrierCycles);
         ++come.barriers;
-        wait_for(i, come);
-        state_->barrier_waited = 0;
+        wait_for(*state_->barrier, come);
+        state_->barrier = nullptr;
+        state_->begun = state_->last;
     }
     if (i.role == Role::kPolls) take_back(i);
     ++launch_->executions[index(i)];
     if (state_->poll != nullptr && state_->since_poll.size() <= kMostSpin) state_->since_poll.push_back(&i);
-    issue(w, i, (*launch_->operands)[index(i)]);
+    issue(i, o);
+    synchronise(w, i);
     if (i.role == Role::kExit && (w.live & ~lanes) == 0) end_warp(w);
 }
 
-void Profile::issue(Warp& w, const Instruction& i, const Operands& o) {
+void Profile::issue(const Instruction& i, const Operands& o) {
     WarpState& s = *state_;
-    Path operands = s.now;
-    const Instruction* blame = &i;
+    const Instruction* waited = nullptr;  // for whose result
+    issued_ = s.begun;
     for (const uint32_t r : o.read) {
-        if (s.ready[r].cycles <= operands.cycles) continue;
-        operands = s.ready[r];
-        blame = s.producer[r] != nullptr ? s.producer[r] : &i;
+        if (s.ready[r].cycles <= issued_.cycles) continue;
+        issued_ = s.ready[r], waited = s.producer[r];
     }
-    if (o.cost.kind != Kind::kFree) wait_for(*blame, operands);
-    const Path issued = o.cost.kind == Kind::kFree ? operands : s.now;
-    s.now = s.now.after(o.cost.slots);
-    synchronise(w, i);
+    const bool folded = o.cost.kind == Kind::kFree;
     for (const uint32_t r : o.written) {
-        s.ready[r] = issued.after(o.cost.latency);
-        s.producer[r] = &i;
+        s.ready[r] = issued_.after(o.cost.latency);
+        s.producer[r] = folded ? waited : &i;
     }
+    if (folded) return;
+    s.slots += o.cost.slots;
+    if (issued_.cycles + o.cost.slots > s.last.cycles) s.last = issued_.after(o.cost.slots), s.waited_longest = waited;
 }
 
 // What makes a warp wait for others, or for copies.
@@ -318,11 +356,11 @@ void Profile::synchronise(Warp& w, const Instruction& i) {
     WarpState& s = *state_;
     if (i.role == Role::kBlockBarrier) {
         Path& last = block_->barriers[w.block->epoch];
-        last = later(last, s.now);
-        s.barrier_waited = w.block->epoch;
+        last = later(last, s.last);
+        s.barrier = &i, s.barrier_epoch = w.block->epoch;
         if (w.block->epoch > 1) block_->barriers.erase(block_->barriers.begin(), block_->barriers.lower_bound(w.block->epoch - 1));
     } else if (i.role == Role::kLaunchWait) {
-        s.wait = s.now;
+        s.wait = s.last;
     } else if (i.opcode == "cp.async.commit_group") {
         s.groups.push_back(s.open_group);
         s.open_group = {};
@@ -332,13 +370,13 @@ void Profile::synchronise(Warp& w, const Instruction& i) {
             s.groups.pop_front();
         }
     } else if (i.opcode.compare(0, 6, "membar") == 0 || i.opcode == "fence.acq_rel.gpu" || i.opcode == "fence.sc.gpu") {
-        wait_for(i, s.now.behind(latencies_, Memory::kL2));
+        wait_for(i, s.last.behind(latencies_, Memory::kL2));
     }
 }
 
 void Profile::end_warp(Warp& w) {
-    const Path after_wait = state_->now.since(state_->wait);
-    block_->end = later(block_->end, state_->now);
+    const Path after_wait = state_->last.since(state_->wait);
+    block_->end = later(block_->end, state_->last);
     block_->end_after_wait = later(block_->end_after_wait, after_wait);
     warps_.erase(&w);
     warp_ = nullptr;
@@ -359,6 +397,7 @@ Memory Profile::where(const Instruction& i, const Access& access, const std::vec
             farthest = Memory::kDram;
         }
         const bool near = cached && !block_->l1.add(sector);
+        launch_->l2_sectors += !near;
         if (!near && farthest == Memory::kL1) farthest = Memory::kL2;
     }
     return farthest;
@@ -370,13 +409,14 @@ void Profile::touch_global(Warp& w, const Instruction& i, const Access& access, 
     WarpState& s = *state_;
     if (access.is_write) {
         for (const uint64_t sector : sectors.numbers) launch_->written.add(sector), touched_.add(sector);
+        launch_->l2_sectors += sectors.asked;
         const uint64_t first = access.addresses[std::countr_zero(access.lanes)];
         if (i.release) {  // an arrival at a counter
             std::vector<Path>& arrivals = launch_->arrivals[first];
-            const Path seen = s.now.behind(latencies_, Memory::kL2);
+            const Path seen = issued_.behind(latencies_, Memory::kL2);
             arrivals.push_back(arrivals.empty() ? seen : later(arrivals.back(), seen));
         }
-        const Path done = s.now.behind(latencies_, Memory::kL2);
+        const Path done = issued_.behind(latencies_, Memory::kL2);
         for (const uint32_t r : (*launch_->operands)[index(i)].written) s.ready[r] = done;  // of atomics
         return;
     }
@@ -391,7 +431,7 @@ void Profile::touch_global(Warp& w, const Instruction& i, const Access& access, 
         block_->l1.clear();
         return;
     }
-    const Path there = s.now.behind(latencies_, where(i, access, sectors.numbers));
+    const Path there = issued_.behind(latencies_, where(i, access, sectors.numbers));
     if (i.opcode.compare(0, 13, "cp.async.bulk") == 0) {
         const uint32_t mbarrier = *w.at<uint32_t>(i.vector[0]);
         block_->mbarriers[mbarrier] = there;
@@ -440,7 +480,7 @@ void write_launch(std::ostream& out, const Launch& l) {
     write_numbers(out, "grid", l.size), write_numbers(out, "block", l.block_size);
     out << R"(, "shared_bytes": )" << l.shared_bytes << R"(, "cooperative": )" << l.cooperative << R"(, "dependent": )"
         << l.dependent << R"(, "bytes_read": )" << l.read.bytes() << R"(, "bytes_written": )" << l.written.bytes()
-        << R"(, "bytes_cold": )" << l.cold.bytes();
+        << R"(, "bytes_cold": )" << l.cold.bytes() << R"(, "l2_sectors": )" << l.l2_sectors;
     write_path(out, "path", l.end), write_path(out, "path_after_wait", l.end_after_wait);
     const char* comma = "";
     out << R"(, "kinds": {)";
