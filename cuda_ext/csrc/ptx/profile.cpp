@@ -489,7 +489,7 @@ void write_launch(std::ostream& out, const Launch& l) {
     }
     out << R"(}, "memory": [)", comma = "";
     for (const auto& [key, m] : l.memories) {
-        out << comma << R"({"place": ")" << l.kernel->place(*key.first) << R"(", "line": )" << key.first->line << R"(, "opcode": ")"
+        out << comma << R"({"place": ")" << l.kernel->caller(*key.first) << R"(", "line": )" << key.first->line << R"(, "opcode": ")"
             << key.first->opcode << R"(", "shared": )" << m.shared << R"(, "write": )" << m.is_write << R"(, "executions": )"
             << m.executions << R"(, "lanes": )" << m.lanes << R"(, "asked": )" << m.asked << R"(, "needed": )" << m.needed << "}";
         comma = ", ";
@@ -498,7 +498,7 @@ void write_launch(std::ostream& out, const Launch& l) {
     for (size_t n = 0; n < l.stalls.size(); ++n) {
         if (l.stalls[n] == 0) continue;
         const Instruction& i = l.kernel->code[n];
-        out << comma << "[\"" << l.kernel->place(i) << "\", \"" << i.opcode << "\", " << l.stalls[n] << "]";
+        out << comma << "[\"" << l.kernel->caller(i) << "\", \"" << i.opcode << "\", " << l.stalls[n] << "]";
         comma = ", ";
     }
     out << "]}\n";
