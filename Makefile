@@ -8,7 +8,7 @@ PEERS  := .venv-peers
 NO_AMX := $(if $(filter 1 2 3 4 5 6 7 8 9 10 11 12,$(shell gcc -dumpversion | cut -d. -f1)),-mno-amx-tile -mno-amx-int8 -mno-amx-bf16)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow full-size lint format cuda cuda-check gpu bench-cpu notebook tensorboard clean
+.PHONY: help demo test test-slow test-ptx full-size lint format cuda cuda-check gpu bench-cpu notebook tensorboard clean
 
 help:  ## what there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -30,6 +30,9 @@ test: $(VENV)/.ready-dev  ## the test suite (under 10 minutes on 2 cores)
 
 test-slow: $(VENV)/.ready-dev  ## the proofs that take minutes, full-size among them
 	$(BIN)/python -m pytest -q -m slow
+
+test-ptx: $(VENV)/.ready-dev  ## the CUDA kernels as nvcc compiles them, run from their PTX on the CPU (needs nvcc, no GPU)
+	$(BIN)/python tests/ptx_proof.py $(ARGS)
 
 full-size: $(VENV)/.ready-dev  ## the chain on GPT-2 124M's shape, in under 16 GiB
 	$(BIN)/python -m pytest -q -m slow tests/test_full_size.py

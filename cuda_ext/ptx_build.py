@@ -11,7 +11,9 @@ import functools
 import hashlib
 import os
 import platform
-from collections.abc import Sequence
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -98,11 +100,14 @@ class Library(ctypes.CDLL):
         self._FuncPtr = Function  # type: ignore[misc]
 
 
-def library(sources: Sequence[str | Path], architecture: str) -> ctypes.CDLL:
+def library(
+    sources: Sequence[str | Path], architecture: str, rewrite: Callable[[str], str] | None = None
+) -> ctypes.CDLL:
     """`sources`, as host_library takes them, compiled by nvcc for `architecture` ("90a") and loaded.
 
     A call that launches returns the launches' error, as host_library's do; seeds and errors are those of the whole
-    process. Raises HostBuildError with one sentence where a tool is missing, or with the compiler's words.
+    process. `rewrite` changes each module's PTX while it is loaded: tests put faults in. Raises HostBuildError with
+    one sentence where a tool is missing, or with the compiler's words.
     """
     interpreter()
     with host_build.lock(host_build.cache_folder()):
@@ -119,7 +124,25 @@ def library(sources: Sequence[str | Path], architecture: str) -> ctypes.CDLL:
         command = [host_build.compiler(), "-shared", "-Wl,-Bsymbolic,-z,defs", *map(str, objects), interpreter_path]
         target_path = host_build.cache_folder() / f"{host_build.key(*command, host_build.version())}.so"
         path = host_build.make(target_path, [*command, "-ldl", "-o"])
-    return host_build.typed(Library(path))
+    return host_build.typed(Library(path) if rewrite is None else _rewritten(path, rewrite))
+
+
+def _rewritten(path: Path, rewrite: Callable[[str], str]) -> Library:
+    """A copy of a library, whose kernels are registered anew."""
+    kept = []
+
+    def rewritten(text: bytes) -> int:
+        kept.append(ctypes.create_string_buffer(rewrite(text.decode()).encode()))
+        return ctypes.addressof(kept[-1])
+
+    callback = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_char_p)(rewritten)
+    with tempfile.NamedTemporaryFile(suffix=".so") as copy:
+        shutil.copyfile(path, copy.name)
+        interpreter().hr_ptx_rewrite(callback)
+        try:
+            return Library(Path(copy.name))
+        finally:
+            interpreter().hr_ptx_rewrite(None)
 
 
 def _object(source: Path, flags: list[str], headers: bytes) -> Path:

@@ -27,6 +27,21 @@ def close(got: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) 
     return float((got.double() - wanted).abs().max()), float((attend(q, k, v, torch.float16) - wanted).abs().max())
 
 
+@pytest.mark.parametrize(("heads", "head_dim"), [(20, 64), (40, 32), (9, 128)])
+def test_append_of_wide_rows(ops: Any, heads: int, head_dim: int) -> None:
+    """Rows of more vectors than a block has threads; what is past the capacity or a sequence's length is left out."""
+    width, batch, length, capacity = heads * head_dim, 2, 3, 7
+    qkv = torch.randn(batch, length, 3 * width).half()
+    k, v = cache_of(batch, heads, capacity, head_dim)
+    start, lengths = torch.tensor([1, 5], dtype=torch.int32), torch.tensor([2, 3], dtype=torch.int32)
+    ops.kv_append(qkv, 3 * width, k, v, heads, capacity, head_dim, start, lengths, batch, length)
+    for part, cache in ((1, k), (2, v)):
+        wanted = torch.full_like(cache, NAN)
+        for b, t in ((0, 0), (0, 1), (1, 0), (1, 1)):
+            wanted[b, :, int(start[b]) + t] = qkv[b, t, part * width : (part + 1) * width].view(heads, head_dim)
+        assert torch.equal(cache.view(torch.int16), wanted.view(torch.int16))
+
+
 def prefill(ops: Any, starts: list[int], counts: list[int], heads: int, head_dim: int) -> None:
     """Queries of one chunk behind a past of `starts` keys; sequence b has counts[b] of them, the rest is padding."""
     batch, length, width = len(starts), max(counts), heads * head_dim

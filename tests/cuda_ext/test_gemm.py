@@ -17,10 +17,12 @@ def padded(rows: int, columns: int, ld: int, beyond: float = 0.0) -> torch.Tenso
     return whole
 
 
-def product(ops: Any, m: int, n: int, k: int, epilogue: int, variant: int, *, bias: bool = True) -> None:
+def product(
+    ops: Any, m: int, n: int, k: int, epilogue: int, variant: int, *, bias: bool = True, ld_out: int | None = None
+) -> None:
     a, weight = padded(m, k, (k + 7) // 8 * 8 + 8, POISON), padded(n, k, (k + 7) // 8 * 8 + 16, POISON)
     offset = torch.randn(n).half() if bias else None
-    ld_out = n + 3
+    ld_out = ld_out or n + 3
     kind = torch.float16 if epilogue in (HALF, GELU) else torch.float32
     out = torch.full((m * ld_out + GUARD,), POISON, dtype=kind)
     before = torch.randn(m, n)
@@ -54,6 +56,13 @@ def test_each_tile_and_epilogue(ops: Any, variant: int, epilogue: int) -> None:
 @pytest.mark.parametrize("variant", [2, 4, 5])
 def test_odd_sizes(ops: Any, variant: int, m: int, n: int, k: int) -> None:
     product(ops, m, n, k, FLOAT, variant, bias=False)
+
+
+@pytest.mark.parametrize("epilogue", [HALF, GELU, RESIDUAL, FLOAT])
+@pytest.mark.parametrize("variant", range(6))
+def test_whole_tiles_into_even_rows(ops: Any, variant: int, epilogue: int) -> None:
+    """Two columns go in one store where both lie in the matrix, and the address allows it."""
+    product(ops, 131, 137, 24, epilogue, variant, ld_out=144)
 
 
 @pytest.mark.parametrize("variant", [1, 4])

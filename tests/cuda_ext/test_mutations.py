@@ -164,9 +164,9 @@ class Outcome:
             self.broken.append(report.longreprtext)
 
 
-def run_tests(tests: str) -> Outcome:
+def run_tests(tests: str, *more: str) -> Outcome:
     """Runs `tests` up to the first failure in a session of its own within this process, with fresh modules."""
-    file, *options = tests.split(" ", 2)
+    file, *options = [*tests.split(" ", 2), *more]
     names = ("conftest", Path(file.partition("::")[0]).stem)
     outcome, kept = Outcome(), {name: sys.modules.pop(name, None) for name in names}
     try:

@@ -40,3 +40,11 @@ def test_layer_norm(ops: Any, width: int, ld: int, chosen: bool) -> None:
     wanted = torch.nn.functional.layer_norm(taken.double(), (width,), gain.double(), bias.double(), 1e-5)
     # FP16's own rounding of the result, and FP32's of values near 50.
     assert torch.allclose(got[:, :width].double(), wanted, rtol=2**-11, atol=2e-5)
+
+
+def test_bias_of_rows(ops: Any) -> None:
+    bias, x = torch.randn(301).half(), torch.full((5, 310), NAN)
+    x[:, :301] = torch.randn(5, 301)
+    wanted = x[:, :301] + bias.float()
+    ops.add_bias(bias, x, 5, 301, 310)
+    assert torch.equal(x[:, :301], wanted) and torch.isnan(x[:, 301:]).all()

@@ -222,9 +222,20 @@ def test_splits_of_the_keys(library: ctypes.CDLL, splits: int) -> None:
     check(library, Sizes(), Shape(4, splits=splits), 2, past=70)
 
 
-def test_any_order_of_threads(library: ctypes.CDLL, each_seed: Any) -> None:
+@pytest.mark.parametrize("batch", [1, 2, 3])
+def test_any_order_of_threads(library: ctypes.CDLL, each_seed: Any, batch: int) -> None:
+    """Each batch is a kernel of its own, for 1, 2 and 4 rows."""
     for seed in each_seed(library):
-        check(library, Sizes(), Shape(2 + seed % 3), 1 + 2 * (seed % 2), steps=2, seed=seed)
+        check(library, Sizes(), Shape(2 + seed // 3), batch, steps=2, seed=seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("batch", "threads", "seed"), [(1, 256, 0), (2, 384, 4), (4, 256, 8)])
+def test_gpt2s_width(library: ctypes.CDLL, batch: int, threads: int, seed: int) -> None:
+    """All of the shared memory, and the engine's own counts of threads."""
+    library.hr_host_seed(seed)
+    sizes = Sizes(width=768, inner=3072, vocabulary=503, head_dim=64, heads=(12, 9), capacity=300)
+    check(library, sizes, Shape(7, threads=threads, shared_bytes=0), batch, steps=1, past=257, seed=seed)
 
 
 def greedy_reference(model: Model, token: list[int], lengths: list[int], steps: int) -> torch.Tensor:
@@ -240,7 +251,7 @@ def greedy_reference(model: Model, token: list[int], lengths: list[int], steps: 
     return torch.tensor(found, dtype=torch.int32).T
 
 
-@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("batch", [1, 2, 3])
 def test_many_tokens_in_one_launch(library: ctypes.CDLL, batch: int) -> None:
     """Greedy tokens are the reference's; and logits and caches are, bit for bit, those of one launch a token."""
     steps = 4

@@ -39,6 +39,17 @@ def test_greedy_is_the_argmax_and_ties_go_to_the_lower_token(ops: Any, vocabular
     assert (draw(ops, logits, 0.0) == vocabulary // 2).all()
 
 
+@pytest.mark.parametrize(("temperature", "top_k", "top_p"), [(0.0, 0, 1.0), (0.8, 40, 0.9), (1.0, 0, 0.95)])
+def test_gpt2s_vocabulary(ops: Any, temperature: float, top_k: int, top_p: float) -> None:
+    logits = torch.randn(2, 50257) * 3
+    tokens = draw(ops, logits, temperature, top_k, top_p, seed=3)
+    if temperature == 0:
+        assert torch.equal(tokens, logits.argmax(-1))
+    else:
+        for row, token in zip(logits, tokens, strict=True):
+            assert probabilities(row, temperature, top_k, top_p)[token] > 0
+
+
 def test_nan_and_infinities_are_never_drawn(ops: Any) -> None:
     logits = torch.tensor([[NAN, -torch.inf, 1.0, NAN, 0.5]]).repeat(32, 1)
     assert (draw(ops, logits, 0.0) == 2).all()

@@ -11,6 +11,7 @@ from cuda_ext.host_build import run_sanitized
 HERE = Path(__file__).parent
 # What these test is the machinery around the kernels, with faults made on purpose.
 NOT_HERE = ("test_sanitized.py", "test_mutations.py", "test_host_runtime.py", "test_build.py")
+NOT_HERE += ("test_ptx.py", "test_ptx_kernels.py", "test_ptx_mutations.py")
 PYTEST = ("-q", "-x", "-p", "no:cacheprovider")
 
 

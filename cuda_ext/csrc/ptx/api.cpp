@@ -59,8 +59,8 @@ int guarded(F run) {
 }  // namespace
 
 void* hr_ptx_load(const char* text) {
-    guarded([&] { modules.push_back(parse(rewrite == nullptr ? text : rewrite(text))); });
-    return error.empty() ? modules.back().get() : nullptr;
+    const int code = guarded([&] { modules.push_back(parse(rewrite == nullptr ? text : rewrite(text))); });
+    return code == kSuccess ? modules.back().get() : nullptr;
 }
 
 void* hr_ptx_kernel(void* module, const char* name) {
@@ -71,7 +71,9 @@ void* hr_ptx_kernel(void* module, const char* name) {
     return nullptr;
 }
 
-unsigned hr_ptx_architecture(void* module) { return static_cast<Module*>(module)->architecture; }
+unsigned hr_ptx_architecture(void* module) {
+    return static_cast<Module*>(module)->architecture;
+}
 
 int hr_ptx_launch(void* kernel, const uint32_t* grid, const uint32_t* block, uint32_t shared_bytes, int cooperative,
                   int dependent, void* const* arguments) {
@@ -114,17 +116,27 @@ void hr_host_seed(uint64_t seed) {
     error.clear();
 }
 
-const char* hr_host_error() { return error.c_str(); }
+const char* hr_host_error() {
+    return error.c_str();
+}
 
 int hr_ptx_set(const char* name, int64_t value) {
     return guarded([&] { change_setting(name, value); });
 }
 
-void hr_ptx_name_memory(const void* begin, uint64_t bytes) { name_memory(reinterpret_cast<uint64_t>(begin), bytes); }
-void hr_ptx_forget_named_memory() { forget_named_memory(); }
+void hr_ptx_name_memory(const void* begin, uint64_t bytes) {
+    name_memory(reinterpret_cast<uint64_t>(begin), bytes);
+}
+void hr_ptx_forget_named_memory() {
+    forget_named_memory();
+}
 
-void hr_ptx_rewrite(const char* (*with)(const char*)) { rewrite = with; }
-uint64_t hr_ptx_launches() { return launches; }
+void hr_ptx_rewrite(const char* (*with)(const char*)) {
+    rewrite = with;
+}
+uint64_t hr_ptx_launches() {
+    return launches;
+}
 
 const char* hr_ptx_unknown() {
     static std::string lines;
@@ -143,11 +155,12 @@ const char* hr_ptx_unknown() {
 
 int hr_ptx_report(const char* path) {
     std::ofstream out(path);
+    const std::string unknown = hr_ptx_unknown();
     for (const auto& module : modules) {
         for (const auto& kernel : module->kernels) write_kernel(out, *kernel);
     }
     out << R"({"notes": [)";
     for (size_t n = 0; n < notes.size(); ++n) out << (n == 0 ? "" : ", ") << quoted(notes[n]);
-    out << "]}\n";
+    out << R"(], "unknown": )" << quoted(unknown) << "}\n";
     return out.good() ? kSuccess : kInvalidValue;
 }

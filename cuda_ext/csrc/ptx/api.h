@@ -30,7 +30,7 @@ uint64_t hr_ptx_launches();
 // Assembles all kernels that were loaded: a line for each that holds something unknown.
 const char* hr_ptx_unknown();
 // A line of JSON for each kernel: its name, architecture, launches and instructions [PTX line, place in the source,
-// opcode, how many warps executed it, text]; and one line with all notes.
+// opcode, how many warps executed it, text]; and one line with all notes and what hr_ptx_unknown says.
 int hr_ptx_report(const char* path);
 // From here on launches are profiled (profile.cpp), with these latencies of loads in cycles; until the end, which writes
 // a line of JSON for each launch.

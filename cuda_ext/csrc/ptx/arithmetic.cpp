@@ -388,8 +388,8 @@ bool decode_arithmetic(Decoder& d) {
         const auto it = plain_opcodes().find(d.i.opcode);
         if (it == plain_opcodes().end()) return false;
         const auto wide = conversions_of_wide_registers().find(d.i.opcode);
-        const bool from_wide = wide != conversions_of_wide_registers().end() &&
-                               d.registers.find(d.operands.at(1), kNarrow).width == kWide;
+        const bool from_wide =
+            wide != conversions_of_wide_registers().end() && d.registers.find(d.operands.at(1), kNarrow).width == kWide;
         set_operands(d, from_wide ? wide->second : it->second);
     }
     return true;

@@ -12,8 +12,8 @@ namespace headroom::ptx {
 
 namespace {
 
-constexpr uint32_t kCopyBytes = 16;  // cp.async.cg has no other size
-constexpr uint8_t kInFlight = 0xff;  // NaN
+constexpr uint32_t kCopyBytes = 16;                    // cp.async.cg has no other size
+constexpr uint8_t kInFlight = 0xff;                    // NaN
 constexpr uint64_t kMbarrier = 0xBA44'BA44'BA44'BA44;  // what an mbarrier's memory holds: it is opaque
 
 bool arrives_now() {
@@ -143,7 +143,8 @@ void copy_bulk(Warp& w, const Instruction& i, Lanes lanes) {
         const BulkCopy copy{w.at<uint32_t>(i.a)[lane], w.at<uint64_t>(i.b)[lane], w.at<uint32_t>(i.c)[lane],
                             w.at<uint32_t>(i.vector[0])[lane]};
         if (copy.bytes % 16 != 0 || copy.from % 16 != 0 || copy.to % 16 != 0) {
-            fault(w, i, lane, "misaligned: a bulk copy of " + std::to_string(copy.bytes) + " bytes, not in units of 16");
+            fault(w, i, lane,
+                  "misaligned: a bulk copy of " + std::to_string(copy.bytes) + " bytes, not in units of 16");
         }
         check_shared(w, i, lane, copy.to, copy.bytes, 16);
         touch_shared(w, i, lane, copy.to, copy.bytes, true);

@@ -22,7 +22,9 @@ std::map<const void*, void*>& kernels() {  // by the host's stub; called before 
 std::map<const void*, unsigned> asked_for;  // of shared memory, by stub
 unsigned architecture = 80;
 
-unsigned most_shared() { return architecture >= 90 ? 227 * 1024 : architecture >= 80 ? 163 * 1024 : 64 * 1024; }
+unsigned most_shared() {
+    return architecture >= 90 ? 227 * 1024 : architecture >= 80 ? 163 * 1024 : 64 * 1024;
+}
 
 // A fatbin's header, and that of each of its entries; after cuobjdump's output, for there is no specification.
 struct Wrapper {
@@ -73,10 +75,18 @@ void __cudaRegisterFunction(void** module, const char* stub, char*, const char* 
                             int*) {
     if (module != nullptr) kernels()[stub] = hr_ptx_kernel(module, name);
 }
-unsigned __cudaPushCallConfiguration(dim3, dim3, size_t, void*) { return 1; }
-cudaError_t __cudaPopCallConfiguration(dim3*, dim3*, size_t*, void*) { return cudaErrorUnknown; }
-cudaError_t __cudaGetKernel(cudaKernel_t*, const void*) { return cudaErrorUnknown; }
-cudaError_t __cudaLaunchKernel(cudaKernel_t, dim3, dim3, void**, size_t, cudaStream_t) { return cudaErrorUnknown; }
+unsigned __cudaPushCallConfiguration(dim3, dim3, size_t, void*) {
+    return 1;
+}
+cudaError_t __cudaPopCallConfiguration(dim3*, dim3*, size_t*, void*) {
+    return cudaErrorUnknown;
+}
+cudaError_t __cudaGetKernel(cudaKernel_t*, const void*) {
+    return cudaErrorUnknown;
+}
+cudaError_t __cudaLaunchKernel(cudaKernel_t, dim3, dim3, void**, size_t, cudaStream_t) {
+    return cudaErrorUnknown;
+}
 
 cudaError_t cudaGetDevice(int* device) {
     *device = 0;
@@ -110,8 +120,12 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const voi
     return cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(blocks, stub, threads, shared, 0);
 }
 
-const char* cudaGetErrorString(cudaError_t) { return hr_host_error(); }
-cudaError_t cudaGetLastError() { return cudaSuccess; }
+const char* cudaGetErrorString(cudaError_t) {
+    return hr_host_error();
+}
+cudaError_t cudaGetLastError() {
+    return cudaSuccess;
+}
 
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* how, const void* stub, void** arguments) {
     const auto kernel = kernels().find(stub);
@@ -129,8 +143,7 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* how, const void* stub,
     if (how->dynamicSmemBytes > allowed) return cudaErrorInvalidValue;
     const dim3 g = how->gridDim, b = how->blockDim;
     const uint32_t grid[3] = {g.x, g.y, g.z}, block[3] = {b.x, b.y, b.z};
-    return static_cast<cudaError_t>(hr_ptx_launch(kernel->second, grid, block,
-                                                  static_cast<uint32_t>(how->dynamicSmemBytes), cooperative, dependent,
-                                                  arguments));
+    return static_cast<cudaError_t>(hr_ptx_launch(
+        kernel->second, grid, block, static_cast<uint32_t>(how->dynamicSmemBytes), cooperative, dependent, arguments));
 }
 }

@@ -8,16 +8,20 @@ namespace headroom::ptx {
 namespace {
 
 constexpr uint64_t kLine = 128, kGrain = 16;
-constexpr uint64_t kFirstPage = 4096;     // no pointer that is meant
+constexpr uint64_t kFirstPage = 4096;  // no pointer that is meant
 constexpr size_t kMostLateStores = 512;
-constexpr uint64_t kStaleReads = 64;      // a stale line is dropped once in so many reads
+constexpr uint64_t kStaleReads = 64;  // a stale line is dropped once in so many reads
 
-std::map<uint64_t, uint64_t> named;                // begin -> end
-std::unordered_set<uint64_t> written, read_only;   // grains, while a kernel with ld.global.nc is there
+std::map<uint64_t, uint64_t> named;               // begin -> end
+std::unordered_set<uint64_t> written, read_only;  // grains, while a kernel with ld.global.nc is there
 
-void* pointer(uint64_t address) { return reinterpret_cast<void*>(address); }
+void* pointer(uint64_t address) {
+    return reinterpret_cast<void*>(address);
+}
 
-void apply(const LateStore& store) { std::memcpy(pointer(store.at), store.bytes.data(), store.bytes.size()); }
+void apply(const LateStore& store) {
+    std::memcpy(pointer(store.at), store.bytes.data(), store.bytes.size());
+}
 
 // A block sees its own stores at once.
 void overlay(const Block& block, uint64_t address, uint8_t* to, uint32_t bytes) {
@@ -57,7 +61,9 @@ void name_memory(uint64_t begin, uint64_t bytes) {
     named[begin] = end;
 }
 
-void forget_named_memory() { named.clear(); }
+void forget_named_memory() {
+    named.clear();
+}
 
 void check_global(Warp& warp, const Instruction& i, int lane, uint64_t address, uint64_t bytes, uint32_t alignment) {
     if (address % alignment != 0) {
@@ -133,7 +139,9 @@ void release(Warp& warp, int lane) {
     warp.block->late_stores = std::move(left);
 }
 
-void acquire(Warp& warp) { warp.block->stale_lines.clear(); }
+void acquire(Warp& warp) {
+    warp.block->stale_lines.clear();
+}
 
 void release_all(Block& block) {
     for (const LateStore& store : block.late_stores) apply(store);

@@ -39,7 +39,8 @@ struct Warp {
     const Kernel* kernel;
     uint32_t id;
     Lanes live;
-    uint32_t epoch = 1;  // goes up with every bar.warp.sync
+    uint32_t epoch = 1;       // goes up with every bar.warp.sync
+    uint32_t since_poll = 0;  // instructions since it last polled in vain
     std::vector<uint8_t> registers;
     std::vector<Split> splits;
     CopyGroups copies[kWarp];
@@ -88,7 +89,7 @@ struct Block {
     uint32_t threads = 0, live_warps = 0;
     std::vector<std::unique_ptr<Warp>> warps;
     std::vector<uint8_t> shared;
-    std::vector<Touched> touched;      // of each two bytes
+    std::vector<Touched> touched;        // of each two bytes
     uint32_t epoch = 1, at_barrier = 0;  // epoch: goes up with every barrier
     std::map<uint32_t, Mbarrier> mbarriers;
     std::vector<BulkCopy> bulk_copies;
@@ -116,8 +117,8 @@ struct Access {
     Space space;  // kGlobal or kShared
     bool is_write;
     Lanes lanes;
-    uint32_t bytes;               // of each lane
-    const uint64_t* addresses;    // [32]; shared ones count from the start of the block's memory
+    uint32_t bytes;             // of each lane
+    const uint64_t* addresses;  // [32]; shared ones count from the start of the block's memory
 };
 // Who counts what profilers count. Null: nobody listens.
 struct Observer {

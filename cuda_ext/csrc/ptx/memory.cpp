@@ -68,7 +68,8 @@ void store(Warp& w, const Instruction& i, Lanes lanes) {
         const uint64_t address = addresses[lane];
         uint8_t held[kMostBytes];
         for (int n = 0; n < i.elements; ++n) {
-            const uint64_t value = i.wide_registers ? w.at<uint64_t>(i.vector[n])[lane] : w.at<uint32_t>(i.vector[n])[lane];
+            const uint64_t value =
+                i.wide_registers ? w.at<uint64_t>(i.vector[n])[lane] : w.at<uint32_t>(i.vector[n])[lane];
             std::memcpy(held + n * i.bytes, &value, i.bytes);
         }
         if (is_shared(i, address)) {
@@ -182,7 +183,8 @@ Addresses::Addresses(Warp& w, const Instruction& i, Lanes lanes, uint32_t bytes,
     if (observer == nullptr || i.space == Space::kParameter) return;
     const bool shared = is_shared(i, at_[__builtin_ctz(lanes)]);
     uint64_t seen[kWarp];
-    for_lanes(lanes, [&](int lane) { seen[lane] = shared ? static_cast<uint32_t>(at_[lane]) - kSharedBase : at_[lane]; });
+    for_lanes(lanes,
+              [&](int lane) { seen[lane] = shared ? static_cast<uint32_t>(at_[lane]) - kSharedBase : at_[lane]; });
     observer->accesses(w, i, {shared ? Space::kShared : Space::kGlobal, is_write, lanes, bytes, seen});
 }
 

@@ -32,7 +32,9 @@ inline uint32_t float_to_half(float value) {  // to the nearest, ties to even
     return bits;
 }
 
-inline float flush_subnormal(float x) { return std::fpclassify(x) == FP_SUBNORMAL ? std::copysign(0.0f, x) : x; }
+inline float flush_subnormal(float x) {
+    return std::fpclassify(x) == FP_SUBNORMAL ? std::copysign(0.0f, x) : x;
+}
 
 // Under settings.rough: off by up to 2 ulp, which the ISA allows its approximate functions.
 inline float approximate(double exact) {
@@ -70,13 +72,16 @@ inline float min_of(float a, float b) {
     if (std::isnan(a) || std::isnan(b)) return std::isnan(a) ? b : a;
     return a < b || (a == b && std::signbit(a)) ? a : b;
 }
-inline float saturate(float a) { return std::isnan(a) ? 0.0f : std::fmin(std::fmax(a, 0.0f), 1.0f); }
+inline float saturate(float a) {
+    return std::isnan(a) ? 0.0f : std::fmin(std::fmax(a, 0.0f), 1.0f);
+}
 
 // By zero the result is not defined; all ones are what GPUs give.
 template <class T>
 T quotient(T a, T b) {
     if (b == 0) return static_cast<T>(-1);
-    if (std::is_signed_v<T> && b == static_cast<T>(-1)) return static_cast<T>(0 - static_cast<std::make_unsigned_t<T>>(a));
+    if (std::is_signed_v<T> && b == static_cast<T>(-1))
+        return static_cast<T>(0 - static_cast<std::make_unsigned_t<T>>(a));
     return static_cast<T>(a / b);
 }
 template <class T>

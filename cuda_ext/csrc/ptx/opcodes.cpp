@@ -9,7 +9,9 @@
 
 namespace headroom::ptx {
 
-bool Decoder::has(const std::string& part) const { return std::find(parts.begin(), parts.end(), part) != parts.end(); }
+bool Decoder::has(const std::string& part) const {
+    return std::find(parts.begin(), parts.end(), part) != parts.end();
+}
 
 void Decoder::address(size_t operand) {
     const std::string& text = operands.at(operand);

@@ -21,8 +21,11 @@ std::string Kernel::title() const {
     char* const demangled = abi::__cxa_demangle(name.c_str(), nullptr, nullptr, &status);
     std::string text = status == 0 ? demangled : name;
     std::free(demangled);
+    const std::string hidden = "(anonymous namespace)::";
+    for (size_t at = text.find(hidden); at != std::string::npos; at = text.find(hidden)) text.erase(at, hidden.size());
     text = text.substr(0, text.find('('));
-    return text.substr(text.rfind("::", text.find('<')) == std::string::npos ? 0 : text.rfind("::", text.find('<')) + 2);
+    const size_t scope = text.rfind("::", text.find('<'));
+    return scope == std::string::npos ? text : text.substr(scope + 2);
 }
 
 std::string Kernel::place(const Instruction& i) const { return place(i.source_file, i.source_line); }
@@ -36,7 +39,9 @@ std::string Kernel::place(uint32_t number, uint32_t line) const {
 
 namespace {
 
-bool is_word(char c) { return std::isalnum(static_cast<unsigned char>(c)) != 0 || c == '_' || c == '$'; }
+bool is_word(char c) {
+    return std::isalnum(static_cast<unsigned char>(c)) != 0 || c == '_' || c == '$';
+}
 
 // Line numbers stay.
 std::string without_comments(const std::string& text) {
@@ -140,7 +145,8 @@ std::unique_ptr<Kernel> kernel_at(const Module& module, const std::string& text,
     }
     kernel->most_threads = most_threads(text.substr(head_end, body - head_end));
     kernel->body = text.substr(body + 1, closing_brace(text, body) - body - 1);
-    kernel->body_line = 1 + static_cast<uint32_t>(std::count(text.begin(), text.begin() + static_cast<long>(body), '\n'));
+    kernel->body_line =
+        1 + static_cast<uint32_t>(std::count(text.begin(), text.begin() + static_cast<long>(body), '\n'));
     return kernel;
 }
 
@@ -157,8 +163,9 @@ class Assembler {
         for (size_t at = 0; at < text.size(); ++at) take(text, at);
         for (const auto& [jump, label] : jumps_) {
             const auto it = labels_.find(label);
-            if (it == labels_.end()) throw Fault(kernel_.name + ": no label " + label);
-            kernel_.code[jump].target = static_cast<int>(it->second);
+            Instruction& i = kernel_.code[jump];
+            if (it == labels_.end()) throw unknown("no label " + label, i.line, i.text);
+            i.target = static_cast<int>(it->second);
         }
         Instruction end;
         end.role = Role::kExit;
@@ -274,9 +281,12 @@ class Assembler {
                 kernel_.code.push_back(instruction(statement));
             }
         } catch (const std::exception& error) {
-            throw Fault(std::string(error.what()) + " -- " + kernel_.title() + ", PTX line " + std::to_string(now_line_) +
-                        ": " + statement);
+            throw unknown(error.what(), now_line_, statement);
         }
+    }
+
+    Fault unknown(const std::string& what, uint32_t line, const std::string& statement) const {
+        return Fault(what + " -- " + kernel_.title() + ", PTX line " + std::to_string(line) + ": " + statement);
     }
 
     Instruction instruction(const std::string& statement) {
@@ -288,7 +298,8 @@ class Assembler {
         if (rest[0] == '@') {
             const size_t end = rest.find_first_of(" \t");
             i.guard_negated = rest[1] == '!';
-            i.guard = registers_.target(rest.substr(i.guard_negated ? 2 : 1, end - (i.guard_negated ? 2 : 1)), kPredicate);
+            i.guard =
+                registers_.target(rest.substr(i.guard_negated ? 2 : 1, end - (i.guard_negated ? 2 : 1)), kPredicate);
             rest = trim(rest.substr(end));
         }
         const size_t end = std::min(rest.find_first_of(" \t\n"), rest.size());
@@ -325,7 +336,6 @@ std::unique_ptr<Module> parse(const std::string& original) {
     module->architecture = static_cast<uint32_t>(std::atoi(text.c_str() + target + 11));
     module->files = file_names(text);
     module->shared_names = shared_names(text);
-    if (text.find(".func") != std::string::npos) throw Fault("a .func: calls are not known here");
     for (size_t at = text.find(".entry"); at != std::string::npos; at = text.find(".entry", at + 6)) {
         module->kernels.push_back(kernel_at(*module, text, at + 6));
     }

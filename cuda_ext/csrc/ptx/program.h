@@ -59,10 +59,10 @@ struct Instruction {
     bool past_l1 = false, read_only = false, acquire = false, release = false, transposed = false;
 
     std::string opcode, text;
-    uint32_t line = 0;                         // in the PTX
+    uint32_t line = 0;                          // in the PTX
     uint32_t source_file = 0, source_line = 0;  // of the .cu, by .loc
     uint32_t caller_file = 0, caller_line = 0;  // where a wrapper was inlined, or the same
-    mutable uint64_t executions = 0;           // by how many warps
+    mutable uint64_t executions = 0;            // by how many warps
 };
 
 struct Parameter {
@@ -103,8 +103,8 @@ struct Kernel {
 
 struct Module {
     uint32_t architecture = 80;
-    std::map<uint32_t, std::string> files;       // of .loc
-    std::vector<std::string> shared_names;       // of .extern .shared arrays: all begin at kSharedBase
+    std::map<uint32_t, std::string> files;  // of .loc
+    std::vector<std::string> shared_names;  // of .extern .shared arrays: all begin at kSharedBase
     std::vector<std::unique_ptr<Kernel>> kernels;
 };
 

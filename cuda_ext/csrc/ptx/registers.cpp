@@ -13,14 +13,15 @@ namespace {
 
 constexpr uint32_t kAlignment = 64;  // so that loops over lanes can be vectors
 
-const char* const kSpecial[] = {"%tid.x",   "%tid.y",   "%tid.z",   "%ntid.x",   "%ntid.y",   "%ntid.z",  "%ctaid.x",
+const char* const kSpecial[] = {"%tid.x",   "%tid.y",   "%tid.z",    "%ntid.x",   "%ntid.y",   "%ntid.z", "%ctaid.x",
                                 "%ctaid.y", "%ctaid.z", "%nctaid.x", "%nctaid.y", "%nctaid.z", "%laneid"};
 
 }  // namespace
 
 uint32_t Registers::make(uint32_t width) {
     const uint32_t bytes = width == kPredicate ? sizeof(Lanes) : width * kWarp;
-    if (width != kPredicate) kernel_.register_bytes = (kernel_.register_bytes + kAlignment - 1) / kAlignment * kAlignment;
+    if (width != kPredicate)
+        kernel_.register_bytes = (kernel_.register_bytes + kAlignment - 1) / kAlignment * kAlignment;
     const uint32_t at = kernel_.register_bytes;
     kernel_.register_bytes += bytes;
     return at;

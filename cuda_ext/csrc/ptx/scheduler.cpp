@@ -14,6 +14,7 @@ namespace {
 
 constexpr uint32_t kMostInTurn = 100'000;  // instructions of a warp before another one's
 constexpr uint32_t kPatience = 20'000;     // instructions of a split that may be spinning while others could go on
+constexpr uint32_t kPollingLoop = 64;      // instructions at most: a warp that runs more between polls works
 constexpr uint64_t kVainPolls = 200'000;   // before it is a livelock
 constexpr size_t kMostText = 1500;
 
@@ -27,7 +28,9 @@ std::string hex(Lanes lanes) {
     return text;
 }
 
-uint32_t product(const uint32_t (&size)[3]) { return size[0] * size[1] * size[2]; }
+uint32_t product(const uint32_t (&size)[3]) {
+    return size[0] * size[1] * size[2];
+}
 
 // ---- lanes ----
 
@@ -51,7 +54,9 @@ void drop_empty(Warp& w) {
     std::erase_if(w.splits, [](const Split& split) { return split.lanes == 0; });
 }
 
-bool launch_before_is_done(const Block& block) { return block.grid->before == nullptr || block.grid->before->done; }
+bool launch_before_is_done(const Block& block) {
+    return block.grid->before == nullptr || block.grid->before->done;
+}
 
 // The split that goes on now; -1 where all wait.
 int choose(Warp& w) {
@@ -308,7 +313,7 @@ void begin_block(Grid& g) {
     moved = true;
 }
 
-// Returns whether any of its warps might have gone on: it lags behind, or polled and is to be asked again.
+// Returns whether any of its warps might go on: it ran, or it lags behind.
 bool run_block(Block& block) {
     static constexpr uint32_t kTempers[] = {kMostInTurn, 7, 200, 3000};
     bool can_go_on = false, all_wait = true;
@@ -319,12 +324,12 @@ bool run_block(Block& block) {
             continue;
         }
         const uint32_t temper = kTempers[settings.seed % 4];
-        const Turn turn = run_warp(*warp, settings.seed == 0 ? kMostInTurn : 1 + static_cast<uint32_t>(chance() % temper));
-        if (turn.polled) {
-            can_go_on = true;
-        } else if (turn.ran != 0) {
-            all_wait = false, moved = true;
-        }
+        const Turn turn =
+            run_warp(*warp, settings.seed == 0 ? kMostInTurn : 1 + static_cast<uint32_t>(chance() % temper));
+        can_go_on = can_go_on || turn.ran != 0;
+        all_wait = all_wait && (turn.polled || turn.ran == 0);
+        warp->since_poll = turn.polled ? 0 : warp->since_poll + turn.ran;
+        if (warp->since_poll > kPollingLoop) moved = true;
     }
     const bool may_arrive = all_wait || settings.copies != Copies::kAtTheWait;
     if (!block.bulk_copies.empty() && block.live_warps > 0 && may_arrive) {
@@ -335,8 +340,8 @@ bool run_block(Block& block) {
 
 void end_block(Grid& g, Block& block) {
     if (!block.bulk_copies.empty()) {
-        throw Fault("a block ends with " + std::to_string(block.bulk_copies.size()) + " bulk copies on their way: " +
-                    g.kernel->title());
+        throw Fault("a block ends with " + std::to_string(block.bulk_copies.size()) +
+                    " bulk copies on their way: " + g.kernel->title());
     }
     release_all(block);
     if (!block.let_next_begin) ++g.let_next_begin;
@@ -402,7 +407,9 @@ void fault(const Warp& w, const Instruction& i, int lane, const std::string& wha
     throw Fault(what + " -- lane " + std::to_string(lane) + ", " + where(w, i));
 }
 
-void note_progress() { moved = true; }
+void note_progress() {
+    moved = true;
+}
 
 void run(std::vector<std::unique_ptr<Grid>>& queue) {
     executed = vain_polls = 0;

@@ -20,12 +20,13 @@ enum class Copies { kAtTheWait, kAtOnce, kEither };
 struct Settings {
     uint64_t seed = 0;
     Copies copies = Copies::kAtTheWait;
-    bool any_order = false;     // any side of a divergent branch first, not the one with the lowest address
-    bool weak_memory = false;   // blocks read stale lines, and see each other's stores late
-    bool races = true;          // accesses of shared memory that nothing orders are faults
-    bool named_memory = false;  // global accesses must lie within what hr_ptx_name_memory named
-    bool rough = false;         // tensor cores truncate sums, approximate functions are 2 ulp off
-    uint64_t budget = 4'000'000'000;  // warp instructions that one call may run
+    bool any_order = false;         // any side of a divergent branch first, not the one with the lowest address
+    bool weak_memory = false;       // blocks read stale lines, and see each other's stores late
+    bool always_weak = false;       // that, under every seed
+    bool races = true;              // accesses of shared memory that nothing orders are faults
+    bool named_memory = false;      // global accesses must lie within what hr_ptx_name_memory named
+    bool rough = false;             // tensor cores truncate sums, approximate functions are 2 ulp off
+    uint64_t budget = 300'000'000;  // warp instructions that one call may run
 };
 
 extern Settings settings;

@@ -37,7 +37,9 @@ void note_write(const Warp& warp, Touched& t, uint16_t thread) {
 
 }  // namespace
 
-uint8_t* shared_at(Warp& warp, uint32_t address) { return warp.block->shared.data() + (address - kSharedBase); }
+uint8_t* shared_at(Warp& warp, uint32_t address) {
+    return warp.block->shared.data() + (address - kSharedBase);
+}
 
 void check_shared(Warp& warp, const Instruction& i, int lane, uint32_t address, uint32_t bytes, uint32_t alignment) {
     const size_t size = warp.block->shared.size();

@@ -12,11 +12,11 @@ namespace headroom::ptx {
 
 namespace {
 
-constexpr int kSide = 8;           // of the matrices that ldmatrix reads
+constexpr int kSide = 8;  // of the matrices that ldmatrix reads
 constexpr uint32_t kRowBytes = 16;
 constexpr int kM = 16, kN = 8;
-constexpr int kSums = 4;           // FP32 ones that a lane holds of a 16x8 tile
-constexpr int kStep = 8;           // products that a tensor core adds up at once
+constexpr int kSums = 4;  // FP32 ones that a lane holds of a 16x8 tile
+constexpr int kStep = 8;  // products that a tensor core adds up at once
 
 // Lane i gives the address of row i % 8 of matrix i / 8. It receives row i / 4, columns i % 4 * 2 and the next one.
 void load_matrices(Warp& w, const Instruction& i, Lanes) {

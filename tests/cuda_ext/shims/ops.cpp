@@ -24,6 +24,8 @@ int hr_gemm(const half* a, const half* weight, const half* bias, void* out, int 
                 variant, nullptr);
 }
 
+int hr_add_bias(const half* bias, float* x, int m, int n, int ld) { return add_bias(bias, x, m, n, ld, nullptr); }
+
 int hr_kv_append(const half* qkv, int ld_qkv, half* k, half* v, int heads, int capacity, int head_dim, const int* start,
                  const int* lengths, int batch, int length) {
     return kv_append(qkv, ld_qkv, {k, v, heads, capacity, head_dim}, start, lengths, batch, length, nullptr);
