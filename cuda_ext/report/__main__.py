@@ -24,9 +24,9 @@ and is counted: instructions by kind, sectors asked for against needed, bank con
 chain of waits. ptxas tells registers and spills, from which occupancy follows. A stated model makes times of it: all
 are ESTIMATES, good for where to look first, not for what a GPU will do.
 
-The page begins with times, says what to look at first and why, and ends with the model and its constants. How to read it:
-a kernel far over its floor that is bound by its "chain" waits: look at the lines named under "Where warps wait"; one bound
-by "issue" computes: look at its mix of instructions; "sectors asked/needed" over 1 is bad coalescing.
+The page begins with times, says what to look at first and why, and ends with the model and its constants. How to read
+it: a kernel far over its floor that is bound by its "chain" waits: look at the lines named under "Where warps wait". One
+bound by "issue" computes: look at its mix of instructions. "Sectors asked/needed" over 1 is bad coalescing.
 
 examples:
   python -m cuda_ext.report --out runs/report                      GPT-2 124M, two of twelve heads pruned: 5 minutes
@@ -110,6 +110,7 @@ def _tell(words: str) -> None:
 
 def _write(choices: argparse.Namespace, shape: Shape, reports: Sequence[Sequence[Subject]]) -> None:
     heads = ", ".join(sorted({str(count) for count in shape.heads}))
+    compiler = build._version(build.find_nvcc())
     what = (
         f"{len(shape.heads)} layers, width {shape.width}, {heads} heads of {shape.head_dim}, inner width {shape.inner}"
     )
@@ -117,7 +118,7 @@ def _write(choices: argparse.Namespace, shape: Shape, reports: Sequence[Sequence
         "subject": f"{what}, vocabulary {shape.vocabulary}; batch {choices.batch}, context {choices.context}",
         "command": f"python -m cuda_ext.report {' '.join(sys.argv[1:])}",
         "machine": f"{platform.machine()}, {platform.system()}; no GPU",
-        "versions": f"{build._version(build.find_nvcc())}; torch {torch.__version__}; Python {platform.python_version()}",
+        "versions": f"{compiler}; torch {torch.__version__}; Python {platform.python_version()}",
         "date": f"{datetime.now(UTC):%Y-%m-%d}",
     }
     choices.out.mkdir(parents=True, exist_ok=True)

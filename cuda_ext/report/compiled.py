@@ -27,7 +27,7 @@ def resources(architecture: str, tell: Callable[[str], None] = lambda _: None) -
 
 
 def plain(mangled: str) -> str:
-    """Without the hashes by which nvcc tells anonymous namespaces apart: they differ from compilation to compilation."""
+    """Without the hashes by which nvcc tells anonymous namespaces apart: they change from build to build."""
     return re.sub(r"\d+_GLOBAL__N__[0-9a-f]+_\d+_(\w+?)_cu_[0-9a-f]{8}", r"\1.", mangled)
 
 

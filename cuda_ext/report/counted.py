@@ -138,7 +138,7 @@ def kernels_of(architecture: str) -> Iterator[None]:
 
 
 def decode_launches(shape: Shape, batch: int, context: int, gpu: Gpu) -> list[Launch]:
-    """One token a sequence, kernel by kernel, `context` tokens behind it: through the model, then the next one drawn."""
+    """One token a sequence behind `context` others, kernel by kernel: through the model, then the next one drawn."""
     engine = _engine(shape, batch, context)
     launches = profiled(lambda: _quiet(engine.extend(2)), gpu)  # which begins with a draw
     begin = next(number for number, launch in enumerate(launches) if "embed" in launch.title)
@@ -146,7 +146,7 @@ def decode_launches(shape: Shape, batch: int, context: int, gpu: Gpu) -> list[La
 
 
 def persistent_launch(shape: Shape, batch: int, context: int, gpu: Gpu) -> Launch | None:
-    """One token a sequence in one launch of as many blocks as `gpu` holds; None where the batch is over what it takes."""
+    """One token a sequence in one launch, a block a multiprocessor; None where the batch is over what it takes."""
     if batch > ops.PERSISTENT_BATCH:
         return None
     engine = _engine(shape, batch, context)

@@ -2,16 +2,16 @@
 
 The model: a launch takes the gap before it and then the longest of
 
-- chain: the longest chain of waits through a block (csrc/ptx/profile.cpp), once for each wave of blocks. Under programmatic
-  dependent launch the first wave's begins where it waits for the launch before;
+- chain: the longest chain of waits through a block (csrc/ptx/profile.cpp), once for each wave of blocks. Under
+  programmatic dependent launch the first wave's begins where it waits for the launch before;
 - issue: the busiest multiprocessor's issue slots, of four warp schedulers;
 - shared: its passes through L1 and shared memory, 128 bytes a cycle;
 - tensor: its tensor-core operations;
 - L2: all sectors that L1 does not have;
 - DRAM: bytes that nobody has touched in this token or prefill.
 
-They are taken to overlap without loss, so the estimate is a low one but for the chain, which is a compiler's and an idle
-machine's. What it leaves out: contention between warps, instruction fetches, DRAM's pages, clocks that fall.
+They are taken to overlap without loss, so the estimate is a low one, but where the chain is longer than what ptxas makes
+of it. What is left out: contention between warps, instruction fetches, DRAM's pages, clocks that fall.
 """
 
 from dataclasses import dataclass

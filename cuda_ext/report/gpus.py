@@ -13,7 +13,7 @@ from cuda_ext.report.occupancy import ADA, AMPERE, HOPPER, TURING, Limits
 
 @dataclass(frozen=True)
 class Gpu:
-    """`architecture`: what ptxas compiles for; `ptx`: whose PTX is counted (sources differ for 75, 80 and 90a alone)."""
+    """`architecture`: what ptxas compiles for; `ptx`: whose PTX is counted (sources differ between 75, 80, 90a)."""
 
     name: str
     architecture: str

@@ -36,9 +36,9 @@ def markdown(reports: Sequence[Sequence[Subject]], title: str, facts: Sequence[s
     lines = [
         f"# {title}",
         "",
-        "**No GPU was used: every time below is an estimate by the model at the end.** Counts are exact: the PTX that nvcc "
-        "emits was run by an interpreter at the launches' true geometry. What ptxas does with it, and what a GPU does with "
-        "that, neither shows.",
+        "**No GPU was used: every time below is an estimate by the model at the end.** Counts are exact: the PTX that "
+        "nvcc emits was run by an interpreter at the launches' true geometry. What ptxas does with it, and what a GPU "
+        "does with that, neither shows.",
         "",
         *(f"- {fact}" for fact in facts),
         "",
@@ -82,8 +82,8 @@ def _totals(reports: Sequence[Sequence[Subject]]) -> list[str]:
 
 def _first(subject: Subject) -> list[str]:
     return [
-        f"{number}. **{row.operation.name}**{_times(row)}: estimate {_us(row.seconds)} us of {_us(subject.seconds)}, floor "
-        f"{_us(row.count * row.floor)}. {reason(row)}"
+        f"{number}. **{row.operation.name}**{_times(row)}: estimate {_us(row.seconds)} us of "
+        f"{_us(subject.seconds)}, floor {_us(row.count * row.floor)}. {reason(row)}"
         for number, row in enumerate(subject.first_to_look_at(), 1)
     ]
 
@@ -101,8 +101,8 @@ def reason(row: Row) -> str:
     )
     tail = f" Its {launch.blocks} blocks are {guess.waves:.2f} waves." if 1 < guess.waves < 4 else ""
     words = {
-        "chain": f"Chain-bound: {path.loads} loads one behind the other ({path.dram} of DRAM, {path.l2} of L2, {path.l1} of "
-        f"L1), {path.barriers} barriers, {path.cycles:,} cycles; warps wait longest at {places}.",
+        "chain": f"Chain-bound: {path.loads} loads one behind the other ({path.dram} of DRAM, {path.l2} of L2, "
+        f"{path.l1} of L1), {path.barriers} barriers, {path.cycles:,} cycles; warps wait longest at {places}.",
         "issue": f"Issue-bound: {launch.slots:,} slots, {share:.0%} of them integers and addresses.",
         "DRAM": "Bandwidth-bound: bytes from DRAM.",
         "L2": "Bandwidth-bound: sectors from L2.",
@@ -181,14 +181,21 @@ def _memory(subjects: Iterable[Subject]) -> list[str]:
             asked, needed = launch.sectors()
             taken, least = launch.wavefronts()
             path = launch.path
+            traffic = [f"{count / 1e6:.2f}" for count in (launch.bytes_read, launch.bytes_written, launch.bytes_cold)]
             rows.append(
                 (
-                    subject.name, row.operation.name, f"{launch.bytes_read / 1e6:.2f}", f"{launch.bytes_written / 1e6:.2f}",
-                    f"{launch.bytes_cold / 1e6:.2f}", f"{row.operation.bytes / 1e6:.2f}", f"{asked / max(needed, 1):.2f}",
-                    f"{taken / max(least, 1):.2f}", f"{path.dram} + {path.l2} + {path.l1}", f"{path.cycles:,}",
-                    f"{launch.path_after_wait.cycles:,}", f"{launch.barriers():.0f}",
+                    subject.name,
+                    row.operation.name,
+                    *traffic,
+                    f"{row.operation.bytes / 1e6:.2f}",
+                    f"{asked / max(needed, 1):.2f}",
+                    f"{taken / max(least, 1):.2f}",
+                    f"{path.dram} + {path.l2} + {path.l1}",
+                    f"{path.cycles:,}",
+                    f"{launch.path_after_wait.cycles:,}",
+                    f"{launch.barriers():.0f}",
                 )
-            )  # fmt: skip
+            )
             worst += [(subject, row, each) for each in _wasteful(row)]
     head = (
         "subject", "operation", "MB read", "MB written", "MB from DRAM", "useful MB", "sectors asked/needed",

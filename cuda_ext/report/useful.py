@@ -1,7 +1,7 @@
 """What each launch of a forward pass is for: bytes that it must move and operations that it must do.
 
-Counted as benchmarks/roofline.py counts (a test holds the sums against it): FP16 weights and cached keys and values once,
-a multiplication and an addition apart, the causal half of attention, the LM head of last positions alone.
+Counted as benchmarks/roofline.py counts (a test holds the sums against it): FP16 weights and cached keys and values
+once, a multiplication and an addition apart, the causal half of attention, the LM head of last positions alone.
 """
 
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ _HALF, _FLOAT = 2, 4
 
 @dataclass(frozen=True)
 class Operation:
-    """`fixed`: bytes of weights, keys and values; `activations`: bytes read and written besides; `layer`: None outside."""
+    """`fixed`: bytes of weights, keys, values; `activations`: bytes read and written besides; `layer`: None outside."""
 
     name: str
     layer: int | None
