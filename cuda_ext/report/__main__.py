@@ -25,8 +25,8 @@ chain of waits. ptxas tells registers and spills, from which occupancy follows. 
 are ESTIMATES, good for where to look first, not for what a GPU will do.
 
 The page begins with times, says what to look at first and why, and ends with the model and its constants. How to read
-it: a kernel far over its floor that is bound by its "chain" waits: look at the lines named under "Where warps wait". One
-bound by "issue" computes: look at its mix of instructions. "Sectors asked/needed" over 1 is bad coalescing.
+it: a kernel far over its floor that is bound by its "chain" waits: look at the lines under "Where warps wait". One that
+is bound by "issue" computes: look at its mix of instructions. "Sectors asked/needed" over 1 is bad coalescing.
 
 examples:
   python -m cuda_ext.report --out runs/report                      GPT-2 124M, two of twelve heads pruned: 5 minutes

@@ -10,8 +10,8 @@ The model: a launch takes the gap before it and then the longest of
 - L2: all sectors that L1 does not have;
 - DRAM: bytes that nobody has touched in this token or prefill.
 
-They are taken to overlap without loss, so the estimate is a low one, but where the chain is longer than what ptxas makes
-of it. What is left out: contention between warps, instruction fetches, DRAM's pages, clocks that fall.
+They are taken to overlap without loss, so the estimate is a low one, but where ptxas makes a shorter chain. Left out:
+contention between warps, instruction fetches, DRAM's pages, clocks that fall.
 """
 
 from dataclasses import dataclass
