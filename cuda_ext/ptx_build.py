@@ -28,6 +28,23 @@ STAND_IN = "ptx/cudart.cpp"
 # Rounding is set where an instruction asks for another than the nearest; registers change their types.
 FLAGS = ["-std=c++20", "-O2", "-g1", "-fPIC", "-fno-strict-aliasing", "-ffp-contract=off", "-frounding-math"]
 FLAGS += ["-Wall", "-Wextra"]
+_FUNCTIONS: dict[str, tuple[list[Any], Any]] = {  # of csrc/ptx/api.h
+    "load": ([ctypes.c_char_p], ctypes.c_void_p),
+    "kernel": ([ctypes.c_void_p, ctypes.c_char_p], ctypes.c_void_p),
+    "launch": (
+        [*[ctypes.c_void_p] * 3, ctypes.c_uint32, ctypes.c_int, ctypes.c_int, ctypes.c_void_p], ctypes.c_int,
+    ),
+    "finish": ([], ctypes.c_int),
+    "set": ([ctypes.c_char_p, ctypes.c_int64], ctypes.c_int),
+    "name_memory": ([ctypes.c_void_p, ctypes.c_uint64], None),
+    "forget_named_memory": ([], None),
+    "rewrite": ([ctypes.c_void_p], None),
+    "launches": ([], ctypes.c_uint64),
+    "unknown": ([], ctypes.c_char_p),
+    "report": ([ctypes.c_char_p], ctypes.c_int),
+    "profile_begin": ([ctypes.c_uint32] * 3, None),
+    "profile_end": ([ctypes.c_char_p], ctypes.c_int),
+}  # fmt: skip
 
 
 def why_not() -> str | None:
@@ -58,25 +75,9 @@ def interpreter() -> ctypes.CDLL:
         target = host_build.cache_folder() / f"{host_build.key(*command, host_build.version())}.so"
         path = host_build.make(target, [*command, "-o"])
     loaded = host_build.typed(ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL))
-    pointer, text, number = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int64
-    for name, arguments, result in (
-        ("load", [text], pointer),
-        ("kernel", [pointer, text], pointer),
-        ("launch", [pointer, pointer, pointer, ctypes.c_uint32, ctypes.c_int, ctypes.c_int, pointer], ctypes.c_int),
-        ("finish", [], ctypes.c_int),
-        ("set", [text, number], ctypes.c_int),
-        ("name_memory", [pointer, ctypes.c_uint64], None),
-        ("forget_named_memory", [], None),
-        ("rewrite", [pointer], None),
-        ("launches", [], ctypes.c_uint64),
-        ("unknown", [], text),
-        ("report", [text], ctypes.c_int),
-        ("profile_begin", [ctypes.c_uint32, ctypes.c_uint32, ctypes.c_uint32], None),
-        ("profile_end", [text], ctypes.c_int),
-    ):
-        function = loaded[f"hr_ptx_{name}"]
+    for name, (arguments, result) in _FUNCTIONS.items():
+        function = getattr(loaded, f"hr_ptx_{name}")
         function.argtypes, function.restype = arguments, result
-        setattr(loaded, f"hr_ptx_{name}", function)
     return loaded
 
 
@@ -97,7 +98,7 @@ class Library(ctypes.CDLL):
                 result = super().__call__(*arguments)
                 return finish() or result
 
-        self._FuncPtr = Function  # type: ignore[misc]
+        self._FuncPtr = Function
 
 
 def library(

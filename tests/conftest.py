@@ -18,13 +18,13 @@ import torch
 import yaml
 from browser import CHROMIUM, Browser
 from prose import prose
-from ptx_backend import pytest_addoption, pytest_configure, pytest_runtest_setup, pytest_unconfigure
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from pipeline.data import TokenBlocks
 from pipeline.model import CompactGPT2LMHeadModel, from_gpt2
 
+pytest_plugins = ["ptx_backend"]  # --ptx
 VOCAB = 269
 
 # Whoever started the tests may ignore Ctrl-C (a shell does so for its background jobs), and all that they start

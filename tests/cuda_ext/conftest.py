@@ -69,8 +69,8 @@ class Ops:
     """
 
     KERNELS: tuple[str, ...] = (
-        "embed", "layer_norm", "add_bias", "gemm", "kv_append", "attention_prefill", "attention_decode", "matvec", "sample",
-        "advance",
+        "embed", "layer_norm", "add_bias", "gemm", "kv_append", "attention_prefill", "attention_decode", "matvec",
+        "sample", "advance",
     )  # fmt: skip
 
     def __init__(self) -> None:

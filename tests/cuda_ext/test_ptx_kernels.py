@@ -22,6 +22,7 @@ def _needs_nvcc(ptx_architecture: str | None) -> None:
         pytest.skip(reason)
 
 
+@pytest.mark.usefixtures("_needs_nvcc")
 @pytest.mark.parametrize(
     ("tests", "architecture"),
     [
@@ -30,13 +31,14 @@ def _needs_nvcc(ptx_architecture: str | None) -> None:
         ("test_persistent.py -k any_order and bulk-2", "90a"),
     ],
 )
-def test_of_nvccs_ptx(_needs_nvcc: None, tests: str, architecture: str) -> None:
+def test_of_nvccs_ptx(tests: str, architecture: str) -> None:
     outcome = run_tests(tests, "--ptx", architecture)
     assert not outcome.failed, outcome.failed[0]
     assert outcome.passed
 
 
-def test_a_second_library_is_loaded_from_the_cache(_needs_nvcc: None, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("_needs_nvcc")
+def test_a_second_library_is_loaded_from_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     ptx_build.library([SHIM], "90a")
     monkeypatch.setattr(host_build.subprocess, "run", None)  # nothing is compiled or linked
     out = np.zeros(32, np.uint32)
@@ -44,14 +46,14 @@ def test_a_second_library_is_loaded_from_the_cache(_needs_nvcc: None, monkeypatc
     assert (out == 0xFFFFFFFF).all()
 
 
-def test_what_is_missing_is_one_sentence(_needs_nvcc: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("_needs_nvcc")
+def test_what_is_missing_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert "no C++ compiler: `no-such-compiler` was not found" in str(ptx_build.why_not())
     monkeypatch.delenv("CXX")
     fake = tmp_path / "nvcc"  # a toolkit without its headers
-    fake.write_text(
-        "#!/bin/sh\n[ $1 = --version ] && echo V1 && exit\necho 'fatal error: cuda_runtime_api.h: No such file' >&2; exit 1\n"
-    )
+    lines = ("#!/bin/sh", "[ $1 = --version ] && echo V1 && exit", "echo no cuda_runtime_api.h >&2", "exit 1")
+    fake.write_text("\n".join(lines))
     fake.chmod(0o755)
     monkeypatch.setattr(build, "find_nvcc", lambda: str(fake))
     said = ptx_build.why_not()
