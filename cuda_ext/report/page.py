@@ -10,9 +10,9 @@ from cuda_ext.report.subjects import Row, Subject
 
 _KINDS = {
     "load_global": "global loads", "store_global": "global stores", "atomic": "atomics", "async_copy": "async copies",
-    "shared": "shared", "tensor": "tensor", "fma": "FP32", "integer": "integer, address", "convert": "conversions",
-    "special": "special, division", "control": "control", "warp": "shuffles, votes", "barrier": "barriers",
-    "wait": "waits",
+    "shared": "shared", "tensor": "tensor", "fma": "FP32", "integer": "integer, address",
+    "division": "integer division", "convert": "conversions", "special": "special functions", "control": "control",
+    "warp": "shuffles, votes", "barrier": "barriers", "wait": "waits",
 }  # fmt: skip
 _MOST_LINES = 5
 
@@ -92,8 +92,9 @@ def reason(row: Row) -> str:
     """Why this kernel takes what it takes, by the part of the model that is the longest."""
     launch, guess = row.launch, row.estimate
     path = launch.path
-    share = launch.kinds["integer"][1] / max(launch.slots, 1)
-    places = ", ".join(place for place, _ in _by_line(row)[:3])
+    share = (launch.kinds["integer"][1] + launch.kinds["division"][1]) / max(launch.slots, 1)
+    warps = launch.blocks * -(-launch.threads // 32)
+    places = ", ".join(f"{place} ({cycles / warps:,.0f} cycles)" for place, cycles in _by_line(row)[:3])
     gap = (
         f" The gap before it is {guess.gap / guess.seconds:.0%} of the estimate."
         if guess.gap > 0.3 * guess.seconds
@@ -102,7 +103,8 @@ def reason(row: Row) -> str:
     tail = f" Its {launch.blocks} blocks are {guess.waves:.2f} waves." if 1 < guess.waves < 4 else ""
     words = {
         "chain": f"Chain-bound: {path.loads} loads one behind the other ({path.dram} of DRAM, {path.l2} of L2, "
-        f"{path.l1} of L1), {path.barriers} barriers, {path.cycles:,} cycles; warps wait longest at {places}.",
+        f"{path.l1} of L1), {path.barriers} barriers, {path.cycles:,} cycles; a warp waits longest for results of "
+        f"{places}.",
         "issue": f"Issue-bound: {launch.slots:,} slots, {share:.0%} of them integers and addresses.",
         "DRAM": "Bandwidth-bound: bytes from DRAM.",
         "L2": "Bandwidth-bound: sectors from L2.",
@@ -157,7 +159,8 @@ def _occupancy(row: Row) -> str:
 
 def _instructions(subjects: Iterable[Subject]) -> list[str]:
     lines = [
-        "Instructions of warps a launch, by kind in percent of all (divisions count once; what ptxas folds away not):",
+        "Instructions of warps a launch, by kind in percent of all (a division counts once here, what ptxas folds away "
+        "not):",
         "",
     ]
     used = [(s, r) for s in subjects for r in s.rows]

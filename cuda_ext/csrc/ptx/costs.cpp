@@ -4,9 +4,9 @@
 
 namespace headroom::ptx {
 
-const char* const kKindNames[] = {"free",  "load_global", "store_global", "atomic",  "async_copy",
-                                  "shared", "tensor",      "fma",          "integer", "convert",
-                                  "special", "control",    "warp",         "barrier", "wait"};
+const char* const kKindNames[] = {"free",    "load_global", "store_global", "atomic",   "async_copy", "shared",
+                                  "tensor",  "fma",         "integer",      "division", "convert",    "special",
+                                  "control", "warp",        "barrier",      "wait"};
 
 namespace {
 
@@ -82,7 +82,7 @@ Cost cost_of(const Instruction& i) {
     if (ends_with_any(opcode, {".f32", ".f16", ".f16x2"})) return {Kind::kFloat, 1, 4};
     const bool divides = opcode.substr(0, 3) == "div" || opcode.substr(0, 3) == "rem";
     const bool wide = ends_with_any(opcode, {"64"});
-    if (divides) return wide ? Cost{Kind::kInteger, 40, 130} : Cost{Kind::kInteger, 20, 110};
+    if (divides) return wide ? Cost{Kind::kDivision, 40, 130} : Cost{Kind::kDivision, 20, 110};
     if (opcode.substr(0, 6) == "mul.lo" && wide) return {Kind::kInteger, 4, 12};
     return wide ? Cost{Kind::kInteger, 2, 8} : Cost{Kind::kInteger, 1, 4};
 }

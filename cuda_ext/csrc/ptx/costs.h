@@ -12,7 +12,7 @@ namespace headroom::ptx {
 enum class Kind : uint8_t {
     kFree,        // ptxas folds it into others: moves, address spaces, parameters
     kLoadGlobal, kStoreGlobal, kAtomic, kAsyncCopy,
-    kShared, kTensor, kFloat, kInteger, kConvert, kSpecial, kControl, kWarp, kBarrier, kWait,
+    kShared, kTensor, kFloat, kInteger, kDivision, kConvert, kSpecial, kControl, kWarp, kBarrier, kWait,
     kCount
 };
 extern const char* const kKindNames[static_cast<size_t>(Kind::kCount)];
