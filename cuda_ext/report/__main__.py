@@ -14,7 +14,7 @@ from cuda_ext import build, ptx_build
 from cuda_ext.errors import CudaExtError
 from cuda_ext.host_build import HostBuildError
 from cuda_ext.packing import Shape, read_shape, unsupported
-from cuda_ext.report import page
+from cuda_ext.report import counted, page
 from cuda_ext.report.gpus import GPUS, Gpu
 from cuda_ext.report.subjects import Subject, subjects
 
@@ -80,8 +80,11 @@ def _shape(choices: argparse.Namespace) -> Shape:
     shape = read_shape(choices.model) if choices.model is not None else _named_shape(choices.shape)
     if unsupported(shape):
         raise CudaExtError(f"{choices.model or choices.shape}: {unsupported(shape)}")
-    if not 1 <= choices.context < shape.context:
-        raise CudaExtError(f"--context is {choices.context}; the model's positions end at {shape.context}")
+    most = shape.context - counted.DECODED
+    if not 1 <= choices.context <= most:
+        raise CudaExtError(
+            f"--context is {choices.context}; give 1 to {most}, of the model's {shape.context} positions"
+        )
     return shape
 
 

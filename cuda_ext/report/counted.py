@@ -17,6 +17,7 @@ from cuda_ext.packing import Packed, Shape
 from cuda_ext.persistent import Persistent
 from cuda_ext.report.gpus import Gpu
 
+DECODED = 2  # tokens behind the context: one that is counted, and one for what is drawn of it
 _ROOM = 16  # positions behind the context, as the benchmarks leave
 _THREADS = 384  # of a block of the persistent kernel, as on a GPU
 
@@ -140,7 +141,7 @@ def kernels_of(architecture: str) -> Iterator[None]:
 def decode_launches(shape: Shape, batch: int, context: int, gpu: Gpu) -> list[Launch]:
     """One token a sequence behind `context` others, kernel by kernel: through the model, then the next one drawn."""
     engine = _engine(shape, batch, context)
-    launches = profiled(lambda: _quiet(engine.extend(2)), gpu)  # which begins with a draw
+    launches = profiled(lambda: _quiet(engine.extend(DECODED)), gpu)  # which begins with a draw
     begin = next(number for number, launch in enumerate(launches) if "embed" in launch.title)
     return launches[begin : begin + len(launches) // 2]
 

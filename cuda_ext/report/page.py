@@ -90,28 +90,40 @@ def _first(subject: Subject) -> list[str]:
 
 def reason(row: Row) -> str:
     """Why this kernel takes what it takes, by the part of the model that is the longest."""
-    launch, guess = row.launch, row.estimate
-    path = launch.path
-    share = (launch.kinds["integer"][1] + launch.kinds["division"][1]) / max(launch.slots, 1)
-    warps = launch.blocks * -(-launch.threads // 32)
-    places = ", ".join(f"{place} ({cycles / warps:,.0f} cycles)" for place, cycles in _by_line(row)[:3])
-    gap = (
-        f" The gap before it is {guess.gap / guess.seconds:.0%} of the estimate."
-        if guess.gap > 0.3 * guess.seconds
-        else ""
-    )
-    tail = f" Its {launch.blocks} blocks are {guess.waves:.2f} waves." if 1 < guess.waves < 4 else ""
+    launch, guess, path = row.launch, row.estimate, row.launch.path
+    places = ", ".join(f"{place} ({cycles:,.0f} cycles)" for place, cycles in _by_line(row)[:3])
     words = {
         "chain": f"Chain-bound: {path.loads} loads one behind the other ({path.dram} of DRAM, {path.l2} of L2, "
-        f"{path.l1} of L1), {path.barriers} barriers, {path.cycles:,} cycles; a warp waits longest for results of "
-        f"{places}.",
-        "issue": f"Issue-bound: {launch.slots:,} slots, {share:.0%} of them integers and addresses.",
+        f"{path.l1} of L1), {path.barriers} barriers, {path.cycles:,} cycles; a warp waits {_at_barriers(row):,.0f} of "
+        f"them at barriers and longest for results of {places}.",
+        "issue": f"Issue-bound: {launch.slots:,} slots, {_share(row, 'integer'):.0%} of them integers and addresses.",
         "DRAM": "Bandwidth-bound: bytes from DRAM.",
         "L2": "Bandwidth-bound: sectors from L2.",
         "shared": "Bound by passes through L1 and shared memory.",
         "tensor": "Bound by the tensor cores.",
     }
-    return words[guess.bound] + tail + gap
+    said = [words[guess.bound]]
+    if _share(row, "division") > 0.1:
+        said.append(f"Integer divisions take {_share(row, 'division'):.0%} of its issue slots.")
+    if 1 < guess.waves < 4:
+        said.append(f"Its {launch.blocks} blocks are {guess.waves:.2f} waves.")
+    if guess.gap > 0.3 * guess.seconds:
+        said.append(f"The gap before it is {guess.gap / guess.seconds:.0%} of the estimate.")
+    return " ".join(said)
+
+
+def _share(row: Row, kind: str) -> float:
+    """Of all issue slots."""
+    return row.launch.kinds[kind][1] / max(row.launch.slots, 1)
+
+
+def _warps(row: Row) -> int:
+    return row.launch.blocks * -(-row.launch.threads // 32)
+
+
+def _at_barriers(row: Row) -> float:
+    """Cycles of a warp."""
+    return sum(cycles for _, opcode, cycles in row.launch.stalls if opcode.startswith("bar")) / _warps(row)
 
 
 def _launches(same: Sequence[Subject]) -> list[str]:
@@ -234,12 +246,12 @@ def _wasteful(row: Row) -> list[tuple[str, str, int, float]]:
     return sorted(found, key=lambda line: -line[2] * line[3])[:3]
 
 
-def _by_line(row: Row) -> list[tuple[str, int]]:
-    """Where warps wait, longest first: the line whose result they wait for, cycles of all warps. Barriers left out."""
-    lines: dict[str, int] = defaultdict(int)
+def _by_line(row: Row) -> list[tuple[str, float]]:
+    """Where warps wait, longest first: the line whose result they wait for, cycles of a warp. Barriers left out."""
+    lines: dict[str, float] = defaultdict(float)
     for place, opcode, cycles in row.launch.stalls:
         if not opcode.startswith("bar"):
-            lines[place] += cycles
+            lines[place] += cycles / _warps(row)
     return sorted(lines.items(), key=lambda line: -line[1])
 
 
@@ -247,10 +259,8 @@ def _waits(subjects: Iterable[Subject]) -> list[str]:
     rows = []
     for subject in subjects:
         for row in subject.rows:
-            warps = row.launch.blocks * -(-row.launch.threads // 32)
-            places = ", ".join(f"{place} {cycles / warps:,.0f}" for place, cycles in _by_line(row)[:_MOST_LINES])
-            barrier = sum(c for _, opcode, c in row.launch.stalls if opcode.startswith("bar")) / warps
-            rows.append((subject.name, row.operation.name, places, f"{barrier:,.0f}"))
+            places = ", ".join(f"{place} {cycles:,.0f}" for place, cycles in _by_line(row)[:_MOST_LINES])
+            rows.append((subject.name, row.operation.name, places, f"{_at_barriers(row):,.0f}"))
     head = ("subject", "operation", "cycles a warp waits for results of, by line", "at barriers")
     return _table(head, rows)
 
