@@ -25,10 +25,10 @@ def weight_bytes_per_token(config: CompactGPT2Config) -> int:
     """
     width, inner = config.n_embd, config.n_inner or 4 * config.n_embd
     numbers = width * config.vocab_size + 2 * width  # LM head, final LayerNorm
-    numbers += width  # its position's embedding
-    for kept in config.kept_heads:
-        heads = len(kept) * config.head_dim
-        numbers += width * 3 * heads + 3 * heads  # q, k, v
+    numbers += width if config.position == "learned" else 2 * config.rotary_dim  # its position, or FP32 angles
+    for layer, kept in enumerate(config.kept_heads):
+        heads, kv_heads = len(kept) * config.head_dim, len(config.groups(layer)) * config.head_dim
+        numbers += (width + 1) * (heads + 2 * kv_heads)  # q, k, v
         numbers += heads * width + width  # output projection
         numbers += 2 * width * inner + inner + width  # feed-forward
         numbers += 4 * width  # both LayerNorms
@@ -36,8 +36,10 @@ def weight_bytes_per_token(config: CompactGPT2Config) -> int:
 
 
 def kv_bytes(config: CompactGPT2Config, batch: int, context: int) -> int:
-    """FP16 bytes of the keys and values of `context` tokens in each of `batch` sequences."""
-    return HALF * 2 * batch * context * config.head_dim * sum(len(kept) for kept in config.kept_heads)
+    """FP16 bytes of the keys and values that a token sees of `context` tokens in each of `batch` sequences."""
+    seen = [min(context, window or context) for window in config.windows]
+    heads = sum(len(config.groups(layer)) * tokens for layer, tokens in enumerate(seen))
+    return HALF * 2 * batch * config.head_dim * heads
 
 
 def bytes_per_token(config: CompactGPT2Config, batch: int, context: int) -> int:
@@ -51,14 +53,15 @@ def bytes_per_token(config: CompactGPT2Config, batch: int, context: int) -> int:
 def prefill_operations(config: CompactGPT2Config, batch: int, length: int) -> int:
     """Floating-point operations of a prefill, a multiplication and an addition counted apart.
 
-    Attention counts the causal half alone; the LM head counts the last position alone.
+    Attention counts the keys alone that a query sees; the LM head counts the last position alone.
     """
     width, inner = config.n_embd, config.n_inner or 4 * config.n_embd
     each = 0
-    for kept in config.kept_heads:
-        heads = len(kept) * config.head_dim
-        each += 2 * (4 * heads * width + 2 * width * inner) * length
-        each += 2 * 2 * heads * (length * (length + 1) // 2)
+    for layer, (kept, window) in enumerate(zip(config.kept_heads, config.windows, strict=True)):
+        heads, kv_heads = len(kept) * config.head_dim, len(config.groups(layer)) * config.head_dim
+        hidden = max(0, length - (window or length))  # queries whose first keys are before the window
+        each += 2 * (2 * (heads + kv_heads) * width + 2 * width * inner) * length
+        each += 2 * 2 * heads * (length * (length + 1) // 2 - hidden * (hidden + 1) // 2)
     return batch * (each + 2 * width * config.vocab_size)
 
 

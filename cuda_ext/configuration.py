@@ -44,6 +44,10 @@ def _is_int(value: Any) -> bool:
     return type(value) is int
 
 
+def _is_window(value: Any) -> bool:
+    return _is_int(value) and 2 <= value < 2**31
+
+
 def _is_id(value: Any) -> bool:
     return _is_int(value) and -(2**31) <= value < 2**31
 
@@ -91,8 +95,8 @@ _COMPACT_FIELDS = _FIELDS | {
     "rope_share": _number(lambda value: 0 < value <= 1, "a number above 0 and at most 1", 1.0),
     "window": _or_null(
         _Field(
-            lambda value: _is_int(value) or _list_of(lambda item: item is None or _is_int(item))(value),
-            "a number of tokens, or a list of one or null for each layer",
+            lambda value: _is_window(value) or _list_of(lambda item: item is None or _is_window(item))(value),
+            "a number of at least 2 tokens, or a list of one or null for each layer",
         )
     ),
 }
@@ -222,6 +226,15 @@ def _refuse_misfits(path: Path, fields: dict[str, Any]) -> None:
     groups = fields.get("n_kv_head")
     if groups is not None and heads % groups:
         raise CheckpointError(f"{path}: n_kv_head is {groups}; a divisor of n_head {heads} is needed")
+    windows = fields.get("window")
+    if isinstance(windows, list) and len(windows) != fields["n_layer"]:
+        raise CheckpointError(f"{path}: window lists {len(windows)} layers, n_layer is {fields['n_layer']}")
+    head_dim = fields.get("head_dim") or width // heads
+    if fields.get("position") == "rope" and fields["rope_share"] * head_dim < 2:
+        raise CheckpointError(
+            f"{path}: rope_share is {fields['rope_share']}; a share of head_dim {head_dim} that holds two numbers is "
+            "needed"
+        )
     kept = fields.get("kept_heads")
     if kept is None:
         return

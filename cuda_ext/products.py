@@ -48,10 +48,11 @@ def choose(packed: Packed, weights: Tensor, rows: int, head_rows: int, tuner: Tu
 def _products(packed: Packed) -> Iterator[tuple[str, int, int, int]]:
     """Of each shape once: a module that has it, its outputs, its inputs, its epilogue."""
     shape = packed.shape
+    qkv = {shape.qkv_rows(layer): layer for layer in range(len(shape.heads))}
+    for rows, layer in sorted(qkv.items()):
+        yield f"h.{layer}.attn.c_attn", rows, shape.width, _HALF
     for heads in sorted(set(shape.heads)):
-        layer, all_heads = shape.heads.index(heads), heads * shape.head_dim
-        yield f"h.{layer}.attn.c_attn", 3 * all_heads, shape.width, _HALF
-        yield f"h.{layer}.attn.c_proj", shape.width, all_heads, _RESIDUAL
+        yield f"h.{shape.heads.index(heads)}.attn.c_proj", shape.width, heads * shape.head_dim, _RESIDUAL
     yield "h.0.mlp.c_fc", shape.inner, shape.width, _GELU
     yield "h.0.mlp.c_proj", shape.width, shape.inner, _RESIDUAL
     yield "wte", shape.vocabulary, shape.width, _FLOAT

@@ -20,21 +20,24 @@ Model read(const int64_t* table) {
     Reader r{table};
     Model m{};
     const int layers = r.number();
-    m.width = r.number(), m.inner = r.number(), m.vocabulary = r.number(), m.context = r.number();
-    m.head_dim = r.number(), m.ld_width = r.number(), m.ld_inner = r.number();
+    m.width = r.number(), m.inner = r.number(), m.vocabulary = r.number(), m.position_rows = r.number();
+    m.head_dim = r.number(), m.rotary.dims = r.number(), m.rotary.positions = r.number();
+    m.ld_width = r.number(), m.ld_inner = r.number();
     const int32_t epsilon = r.number();
     std::memcpy(&m.epsilon, &epsilon, sizeof(float));
     const int capacity = r.number();
+    m.rotary.angles = reinterpret_cast<const float2*>(r.address());
     m.wte = r.address(), m.wpe = r.address(), m.lnf_gain = r.address(), m.lnf_bias = r.address();
     for (int i = 0; i < layers; ++i) {
         Layer layer{};
-        layer.heads = r.number();
+        const int heads = r.number(), kv_heads = r.number(), window = r.number();
+        layer.queries = {heads, reinterpret_cast<const int*>(r.address()), window};
         for (const half** part : {&layer.ln1_gain, &layer.ln1_bias, &layer.qkv_weight, &layer.qkv_bias, &layer.out_weight,
                                   &layer.out_bias, &layer.ln2_gain, &layer.ln2_bias, &layer.fc_weight, &layer.fc_bias,
                                   &layer.proj_weight, &layer.proj_bias})
             *part = r.address();
         half* k = r.address();
-        layer.cache = {k, r.address(), layer.heads, capacity, m.head_dim};
+        layer.cache = {k, r.address(), kv_heads, capacity, m.head_dim};
         m.layers.push_back(layer);
     }
     for (int64_t left = *r.next++; left > 0; --left) {
@@ -50,9 +53,9 @@ Model read(const int64_t* table) {
 PersistentDecode persistent(const Model& m, int batch, int blocks, int threads) {
     PersistentDecode p{};
     p.layer_count = static_cast<int>(m.layers.size());
-    for (const Layer& layer : m.layers) p.most_heads = std::max(p.most_heads, layer.heads);
-    p.width = m.width, p.inner = m.inner, p.vocabulary = m.vocabulary, p.context = m.context;
-    p.head_dim = m.head_dim, p.ld_width = m.ld_width, p.ld_inner = m.ld_inner, p.epsilon = m.epsilon;
+    for (const Layer& layer : m.layers) p.most_heads = std::max(p.most_heads, layer.queries.heads);
+    p.width = m.width, p.inner = m.inner, p.vocabulary = m.vocabulary, p.position_rows = m.position_rows;
+    p.head_dim = m.head_dim, p.rotary = m.rotary, p.ld_width = m.ld_width, p.ld_inner = m.ld_inner, p.epsilon = m.epsilon;
     p.wte = m.wte, p.wpe = m.wpe, p.lnf_gain = m.lnf_gain, p.lnf_bias = m.lnf_bias;
     p.state.batch = batch, p.state.capacity = m.layers.empty() ? 0 : m.layers[0].cache.capacity;
     p.blocks = blocks, p.threads = threads;

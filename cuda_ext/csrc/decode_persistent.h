@@ -18,7 +18,8 @@ struct PersistentDecode {
     // The model, as in Model; but `layers` [layer_count] lies in device memory.
     const Layer* layers;
     int layer_count, most_heads;
-    int width, inner, vocabulary, context, head_dim, ld_width, ld_inner;
+    int width, inner, vocabulary, position_rows, head_dim, ld_width, ld_inner;
+    Rotary rotary;
     float epsilon;
     const half *wte, *wpe, *lnf_gain, *lnf_bias;
 

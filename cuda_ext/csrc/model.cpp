@@ -10,7 +10,7 @@ constexpr size_t kSharedAlways = 48 * 1024;  // what a block gets without asking
 
 int most_heads(const Model& model) {
     int most = 0;
-    for (const Layer& layer : model.layers) most = std::max(most, layer.heads);
+    for (const Layer& layer : model.layers) most = std::max(most, layer.queries.heads);
     return most;
 }
 
@@ -19,7 +19,7 @@ int most_heads(const Model& model) {
 struct Workspace {
     float* x;          // the residual stream [rows, ld_width]
     half* normal;      // after LayerNorm [rows, ld_width]
-    half* qkv;         // [rows, 3 * heads * head_dim]; in decode, q alone
+    half* qkv;         // [rows, (heads + 2 * key/value heads) * head_dim]; in decode, q alone
     half* attention;   // [rows, heads * head_dim]
     half* inner;       // [rows, ld_inner]
     float* partial;    // of split attention
@@ -35,7 +35,7 @@ struct Workspace {
         };
         carve(x, rows * model.ld_width);
         carve(normal, rows * model.ld_width);
-        carve(qkv, rows * 3 * heads * model.head_dim);
+        carve(qkv, rows * 3 * heads * model.head_dim);  // as many key/value heads at most
         carve(attention, rows * heads * model.head_dim);
         carve(inner, rows * model.ld_inner);
         carve(partial, static_cast<size_t>(batch) * heads * kMaxSplits * (model.head_dim + 2));
@@ -91,18 +91,18 @@ int feed_forward(const Model& model, const Layer& layer, const Workspace& w, int
 // Queries, keys and values of many rows, the latter into the cache.
 int project(const Model& model, const Layer& layer, const Workspace& w, const int* start, const int* lengths, int batch,
             int length, Stream stream) {
-    const int rows = batch * length, all = layer.heads * model.head_dim;
+    const int rows = batch * length, width = layer.qkv_width();
     Sequence run;
     run(layer_norm(w.x, nullptr, layer.ln1_gain, layer.ln1_bias, w.normal, rows, model.width, model.ld_width,
                    model.ld_width, model.epsilon, stream));
-    run(multiply(model, w, w.normal, model.ld_width, layer.qkv_weight, model.ld_width, layer.qkv_bias, w.qkv, 3 * all,
-                 rows, 3 * all, model.width, Epilogue::kHalf, stream));
-    run(kv_append(w.qkv, 3 * all, layer.cache, start, lengths, batch, length, stream));
+    run(multiply(model, w, w.normal, model.ld_width, layer.qkv_weight, model.ld_width, layer.qkv_bias, w.qkv, width, rows,
+                 width, model.width, Epilogue::kHalf, stream));
+    run(kv_append(w.qkv, width, layer.queries.heads, layer.cache, model.rotary, start, lengths, batch, length, stream));
     return run.error;
 }
 
 int add_attention(const Model& model, const Layer& layer, const Workspace& w, int rows, Stream stream) {
-    const int all = layer.heads * model.head_dim;
+    const int all = layer.query_width();
     return multiply(model, w, w.attention, all, layer.out_weight, all, layer.out_bias, w.x, model.ld_width, rows,
                     model.width, all, Epilogue::kResidual, stream);
 }
@@ -137,12 +137,14 @@ int decode_rows(const Model& model, const Workspace& w, unsigned* counters, cons
         run(matvec(p, dependent, stream));
     };
     for (const Layer& layer : model.layers) {
-        const int all = layer.heads * model.head_dim;
-        Matvec qkv = from_residual(layer.ln1_gain, layer.ln1_bias, layer.qkv_weight, layer.qkv_bias, 3 * all);
-        qkv.out = MatvecOut::kQkv, qkv.out_half = w.qkv, qkv.ld_out = all, qkv.cache = layer.cache, qkv.position = position;
+        const int all = layer.query_width();
+        Matvec qkv =
+            from_residual(layer.ln1_gain, layer.ln1_bias, layer.qkv_weight, layer.qkv_bias, layer.qkv_width());
+        qkv.out = MatvecOut::kQkv, qkv.out_half = w.qkv, qkv.ld_out = all, qkv.heads = layer.queries.heads;
+        qkv.cache = layer.cache, qkv.rotary = model.rotary, qkv.position = position;
         run(matvec(qkv, dependent, stream));
-        run(attention_decode(w.qkv, all, layer.cache, lengths, w.attention, all, batch, splits, w.partial, counters,
-                             dependent, stream));
+        run(attention_decode(w.qkv, all, layer.queries, layer.cache, lengths, w.attention, all, batch, splits, w.partial,
+                             counters, dependent, stream));
         to_residual(w.attention, all, layer.out_weight, layer.out_bias, all);
         Matvec fc = from_residual(layer.ln2_gain, layer.ln2_bias, layer.fc_weight, layer.fc_bias, model.inner);
         fc.out = MatvecOut::kGelu, fc.out_half = w.inner, fc.ld_out = model.ld_inner;
@@ -165,15 +167,15 @@ int prefill(const Model& model, void* workspace, const int* tokens, const int* s
             const int* rows, int row_count, int batch, int length, float* logits, int ld_logits, Stream stream) {
     const Workspace w(model, workspace, batch, length);
     Sequence run;
-    run(embed(tokens, start, model.wte, model.wpe, w.x, batch, length, model.context, model.ld_width, stream));
+    run(embed(tokens, start, model.wte, model.wpe, w.x, batch, length, model.position_rows, model.ld_width, stream));
     for (const Layer& layer : model.layers) {
-        const int all = layer.heads * model.head_dim;
         run(project(model, layer, w, start, lengths, batch, length, stream));
-        run(attention_prefill(w.qkv, 3 * all, layer.cache, start, lengths, w.attention, all, batch, length, stream));
+        run(attention_prefill(w.qkv, layer.qkv_width(), layer.queries, layer.cache, start, lengths, w.attention,
+                              layer.query_width(), batch, length, stream));
         run(add_attention(model, layer, w, batch * length, stream));
         run(feed_forward(model, layer, w, batch * length, stream));
     }
-    run(head(model, w, rows, rows != nullptr ? row_count : batch * length, logits, ld_logits, stream));
+    run(head(model, w, rows, row_count, logits, ld_logits, stream));
     return run.error;
 }
 
@@ -184,16 +186,15 @@ int decode(const Model& model, void* workspace, unsigned* counters, const int* t
     const Workspace w(model, workspace, batch, 1);
     splits = std::clamp(splits, 1, kMaxSplits);
     Sequence run;
-    run(embed(tokens, position, model.wte, model.wpe, w.x, batch, 1, model.context, model.ld_width, stream));
+    run(embed(tokens, position, model.wte, model.wpe, w.x, batch, 1, model.position_rows, model.ld_width, stream));
     if (batch <= kMatvecRows && matvec_shared_bytes(batch, model.width) <= kSharedAlways) {
         run(decode_rows(model, w, counters, position, lengths, batch, splits, logits, ld_logits, dependent, stream));
         return run.error;
     }
     for (const Layer& layer : model.layers) {
-        const int all = layer.heads * model.head_dim;
         run(project(model, layer, w, position, nullptr, batch, 1, stream));
-        run(attention_decode(w.qkv, 3 * all, layer.cache, lengths, w.attention, all, batch, splits, w.partial, counters,
-                             false, stream));
+        run(attention_decode(w.qkv, layer.qkv_width(), layer.queries, layer.cache, lengths, w.attention,
+                             layer.query_width(), batch, splits, w.partial, counters, false, stream));
         run(add_attention(model, layer, w, batch, stream));
         run(feed_forward(model, layer, w, batch, stream));
     }

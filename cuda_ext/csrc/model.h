@@ -8,10 +8,13 @@
 namespace headroom {
 
 struct Layer {
-    int heads;
+    Queries queries;
     const half *ln1_gain, *ln1_bias, *qkv_weight, *qkv_bias, *out_weight, *out_bias;
     const half *ln2_gain, *ln2_bias, *fc_weight, *fc_bias, *proj_weight, *proj_bias;
     KvCache cache;
+
+    HR_ANY int query_width() const { return queries.heads * cache.head_dim; }
+    HR_ANY int qkv_width() const { return (queries.heads + 2 * cache.heads) * cache.head_dim; }
 };
 
 // The way that was measured to be the fastest for products of rows / 2 + 1 to `rows` rows.
@@ -22,11 +25,13 @@ struct Choice {
 };
 
 struct Model {
-    int width, inner, vocabulary, context, head_dim;
+    int width, inner, vocabulary, head_dim;
+    int position_rows;  // of wpe: as many as positions, or one of zeros where they are rotary
     int ld_width, ld_inner;  // width and inner, padded with zeros to a multiple of 8
     float epsilon;
+    Rotary rotary;
     const half *wte, *wpe, *lnf_gain, *lnf_bias;
-    std::vector<Layer> layers;  // rows of out_weight are heads * head_dim apart
+    std::vector<Layer> layers;  // rows of out_weight are query_width() apart
     std::vector<Choice> choices;
 };
 
@@ -34,7 +39,8 @@ struct Model {
 size_t workspace_bytes(const Model& model, int batch, int length);
 
 // New tokens [batch, length] behind start[b] cached ones; lengths[b] of them count, the rest is padding on the right.
-// logits: FP32, rows ld_logits apart, of the rows [batch * length] that `rows` lists (`row_count` of them), or of all.
+// logits: FP32 [row_count], rows ld_logits apart, of the rows [batch * length] that `rows` lists, or of the first ones where
+// it is null. row_count may be 0: a chunk of a prompt in which no sequence ends.
 int prefill(const Model& model, void* workspace, const int* tokens, const int* start, const int* lengths,
             const int* rows, int row_count, int batch, int length, float* logits, int ld_logits, Stream stream);
 

@@ -11,9 +11,10 @@
 namespace headroom {
 
 // x[b,t,:] = wte[tokens[b,t],:] + wpe[start[b]+t,:]; [batch, length] int32 to FP32. Rows of x, wte and wpe are `ld`
-// apart; positions past `context` (padding on the right) take the last one.
+// apart. Positions past the table's `rows` take its last one: padding on the right, and, of rotary models, all positions
+// the one row of zeros.
 int embed(const int* tokens, const int* start, const half* wte, const half* wpe, float* x, int batch, int length,
-          int context, int ld, Stream stream);
+          int rows, int ld, Stream stream);
 
 // LayerNorm of FP32 rows to FP16: statistics in FP32. Columns width..ld_out-1 are written as zeros.
 // rows == nullptr: row i of out is of row i of x; else of row rows[i].
@@ -40,29 +41,43 @@ const char* gemm_variant_name(int variant);
 int add_bias(const half* bias, float* x, int m, int n, int ld, Stream stream);
 
 // ---- KV cache ----
-// One layer: K then V, each [batch, heads, capacity, head_dim] FP16.
+// One layer: K then V, each [batch, heads, capacity, head_dim] FP16; `heads` are key/value heads.
 struct KvCache {
     half* k;
     half* v;
     int heads, capacity, head_dim;
 };
-// Append k and v of qkv [batch, length, 3*heads*head_dim] (rows ld_qkv apart) at start[b] .. start[b]+length-1.
+// Rotary positions (RoPE, Su et al. 2021): numbers 2i and 2i + 1 of a head, for 2i < dims, are a pair that turns by the angle
+// whose cosine and sine are angles[position][i]; [positions, dims / 2]. Packing has laid pairs side by side.
+struct Rotary {
+    const float2* angles;
+    int dims;       // 0: positions are not rotary
+    int positions;  // later ones, of padding, take the last
+};
+// Which keys a layer's queries see.
+struct Queries {
+    int heads;
+    const int* kv_head;  // [heads]: the key/value head that each reads (GQA, Ainslie et al. 2023); nullptr: its own
+    int window;          // the last so many keys, the query's own among them (Beltagy et al. 2020); 0: all
+};
+// A row of qkv is q of all query heads, then k and v of all key/value heads: (heads + 2 * cache.heads) * head_dim.
+// Append k and v of qkv [batch, length, ..] (rows ld_qkv apart) at start[b] .. start[b]+length-1; turn q, in place, and k.
 // Rows t >= lengths[b] (padding on the right) are left out; lengths == nullptr: all count.
-int kv_append(const half* qkv, int ld_qkv, const KvCache& cache, const int* start, const int* lengths, int batch,
-              int length, Stream stream);
+int kv_append(half* qkv, int ld_qkv, int heads, const KvCache& cache, const Rotary& rotary, const int* start,
+              const int* lengths, int batch, int length, Stream stream);
 
 // Causal flash attention of `length` new queries a sequence, over the cache (which holds their keys already):
-// query t of sequence b sees keys 0 .. start[b]+t. out: [batch, length, heads*head_dim], rows ld_out apart.
-// Tensor cores; FP32 running softmax (Dao et al. 2022). Rows t >= lengths[b] are unspecified but finite.
-int attention_prefill(const half* qkv, int ld_qkv, const KvCache& cache, const int* start, const int* lengths,
-                      half* out, int ld_out, int batch, int length, Stream stream);
+// query t of sequence b sees keys 0 .. start[b]+t, the last `window` of them. out: [batch, length, heads*head_dim], rows
+// ld_out apart. Tensor cores; FP32 running softmax (Dao et al. 2022). Rows t >= lengths[b] are unspecified but finite.
+int attention_prefill(const half* qkv, int ld_qkv, const Queries& queries, const KvCache& cache, const int* start,
+                      const int* lengths, half* out, int ld_out, int batch, int length, Stream stream);
 
-// Split-KV attention of one query a sequence: sequence b sees keys 0 .. lengths[b]-1.
+// Split-KV attention of one query a sequence: sequence b sees keys 0 .. lengths[b]-1, the last `window` of them.
 // q: [batch, heads*head_dim], rows ld_q apart. partial: FP32 [batch, heads, splits, head_dim + 2], the
-// parts' sums, then maximum (of base-2 exponents) and denominator. The last block of a head to finish merges (counters: [batch,
-// heads] unsigned, zero before and after).
-int attention_decode(const half* q, int ld_q, const KvCache& cache, const int* lengths, half* out, int ld_out,
-                     int batch, int splits, float* partial, unsigned* counters, bool dependent, Stream stream);
+// parts' sums, then maximum (of base-2 exponents) and denominator. The last block of a head to finish merges (counters:
+// [batch, heads] unsigned, zero before and after).
+int attention_decode(const half* q, int ld_q, const Queries& queries, const KvCache& cache, const int* lengths, half* out,
+                     int ld_out, int batch, int splits, float* partial, unsigned* counters, bool dependent, Stream stream);
 
 // ---- matrix-vector products for 1 to 8 rows (decode) ----
 constexpr int kMatvecRows = 8;
@@ -78,10 +93,12 @@ struct Matvec {
     const half* bias;              // [n] or nullptr
     int rows, n, k, ld_weight;
     MatvecOut out;
-    half* out_half;                // kQkv: q, [rows, n/3]; kGelu: [rows, n]
+    half* out_half;                // kQkv: q, [rows, heads * head_dim]; kGelu: [rows, n]
     float* out_float;              // kResidual: is added to; kFloat: is written
     int ld_out;
+    int heads;                     // kQkv: query heads; n is (heads + 2 * cache.heads) * head_dim
     KvCache cache;                 // kQkv: k and v go straight to position[row]
+    Rotary rotary;                 // kQkv: turns q and k
     const int* position;           // kQkv: [rows]
 };
 int matvec(const Matvec& problem, bool dependent, Stream stream);

@@ -49,3 +49,18 @@ def test_operations_are_those_that_torch_counts() -> None:
         model(torch.zeros(3, 16, dtype=torch.long), logits_to_keep=1)
     halved = 3 * 2 * 2 * 3 * 8 * (16 * 16 - 16 * 17 // 2)  # torch counts the masked half of attention too
     assert prefill_operations(config, 3, 16) == counter.get_total_flops() - halved
+
+
+def test_variants_read_and_compute_less() -> None:
+    config = CompactGPT2Config(
+        vocab_size=61, n_positions=17, n_embd=40, n_layer=2, n_head=4, n_kv_head=2, head_dim=8, position="rope",
+        kept_heads=[[0, 1, 2], [3]], window=[5, None],
+    )  # fmt: skip
+    model = CompactGPT2LMHeadModel(config)
+    numbers = sum(parameter.numel() for parameter in model.parameters())
+    assert weight_bytes_per_token(config) == HALF * numbers + 4 * 8  # one position's angles, in FP32
+    assert kv_bytes(config, 3, 16) == HALF * 2 * 3 * 8 * (2 * 5 + 1 * 16)
+    seen = [sum(min(t + 1, window) for t in range(16)) for window in (5, 16)]
+    products = sum(p.numel() for name, p in model.named_parameters() if p.dim() == 2 and "wte" not in name)
+    attention = 2 * 2 * 8 * (3 * seen[0] + 1 * seen[1])
+    assert prefill_operations(config, 2, 16) == 2 * (2 * products * 16 + attention + 2 * 40 * 61)

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from cuda_ext.host_build import HostBuildError, compiler, host_library
-from cuda_ext.ptx_build import interpreter
 
 SHIMS = Path(__file__).parent / "shims"
 SEEDS = range(9)  # all tempers of the schedule once, see hr_host_seed in csrc/host/runtime.h
@@ -29,23 +28,6 @@ def _needs_a_compiler() -> None:
 def ptx_architecture(pytestconfig: pytest.Config) -> str | None:
     """Of --ptx (ptx_backend.py): "90a"; None where the kernels run on the host runtime."""
     return pytestconfig.getoption("--ptx")
-
-
-@pytest.fixture
-def ptx_setting(ptx_architecture: str | None) -> Iterator[Callable[..., None]]:
-    """`ptx_setting(rough=1)` for one test, by csrc/ptx/settings.h; on the host runtime nothing is to be set."""
-    changed: list[str] = []
-
-    def change(**values: int) -> None:
-        if ptx_architecture is None:
-            return
-        for name, value in values.items():
-            assert interpreter().hr_ptx_set(name.encode(), value) == 0
-            changed.append(name)
-
-    yield change
-    for name in changed:
-        interpreter().hr_ptx_set(name.encode(), 0)
 
 
 @pytest.fixture(scope="session")

@@ -63,6 +63,14 @@ def test_odd_sizes(ops: Any, variant: int, m: int, n: int, k: int) -> None:
 def test_whole_tiles_into_even_rows(ops: Any, variant: int, epilogue: int) -> None:
     """Two columns go in one store where both lie in the matrix, and the address allows it."""
     product(ops, 131, 137, 24, epilogue, variant, ld_out=144)
+    product(ops, 128, 128, 72, epilogue, variant, ld_out=128)
+
+
+@pytest.mark.parametrize("epilogue", [HALF, GELU, RESIDUAL, FLOAT])
+@pytest.mark.parametrize("variant", range(6))
+def test_whole_tiles_into_odd_rows(ops: Any, variant: int, epilogue: int) -> None:
+    """And more slices of k than there are stages: the ring turns."""
+    product(ops, 130, 138, 1096, epilogue, variant)
 
 
 @pytest.mark.parametrize("variant", [1, 4])

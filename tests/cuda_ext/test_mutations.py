@@ -34,10 +34,15 @@ EMBED = "test_norm_and_embedding.py -k test_embedding"
 ADVANCE = "test_sample.py -k test_after_a_token"
 GEMM = "test_gemm.py -k any_order"
 PREFILL = "test_attention.py -k behind_a_past"
+PREFILL_WINDOW = "test_attention.py -k prefill_by_windows"
+PREFILL_HEADS = "test_attention.py -k rotary_and_grouped_heads"
+DECODE_WINDOW = "test_attention.py -k decode_by_windows"
 DECODE = "test_attention.py -k decode_in_any_order"
 MATVEC = "test_matvec.py -k any_order"
 MATVEC_LONG = "test_matvec.py -k odd_sizes"
+MATVEC_HEADS = "test_matvec.py -k rotary_and_grouped_heads"
 PERSISTENT = "test_persistent.py -k any_order and bulk"
+PERSISTENT_WINDOW = "test_persistent.py -k before_a_window and bulk"
 PERSISTENT_CP_ASYNC = "test_persistent.py -k any_order and cp_async"
 PERSISTENT_MANY = "test_persistent.py -k many_tokens and bulk-1"
 SAMPLE = "test_sample.py -k seed_row_and_step"
@@ -62,6 +67,15 @@ MUTATIONS = {
     "embed: one load too few": Mutation("kernels/embed.cu", "column < ld;", "column < ld - 8;", EMBED),
     "kv_append: behind its place": Mutation("kernels/kv_append.cu", "sequence] + t", "sequence] + t + 1", PREFILL),
     "kv_append: padding too": Mutation("kernels/kv_append.cu", "t >= lengths[", "t > lengths[", PREFILL),
+    "kv_append: turns the other way": Mutation(
+        "rotary.h", "? -partner : partner", "? partner : -partner", PREFILL_HEADS
+    ),
+    "kv_append: turns one pair too many": Mutation(
+        "kernels/kv_append.cu", "d + 2 * i >= rotary.dims", "d + 2 * i > rotary.dims", PREFILL_HEADS
+    ),
+    "kv_append: turns values too": Mutation(
+        "kernels/kv_append.cu", "i >= q_width + kv_width;", "i > q_width + kv_width;", PREFILL_HEADS
+    ),
     "advance: later in the history": Mutation("kernels/advance.cu", "step[row] - 1", "step[row]", ADVANCE),
     "advance: overlooks a stop token": Mutation("kernels/advance.cu", "s.stop_count", "s.stop_count - 1", ADVANCE),
     "gemm: reads a stage that is not there for all": Mutation(
@@ -95,7 +109,26 @@ MUTATIONS = {
         "kernels/attention_prefill.cu", "sync_block();", "", PREFILL, after="mma_16816(sums[d + 1]"
     ),
     "prefill: sees one key too many": Mutation(
-        "kernels/attention_prefill.cu", "border && key > row_position", "border && key > 1 + row_position", PREFILL
+        "kernels/attention_prefill.cu", "(key > row_position", "(key > 1 + row_position", PREFILL
+    ),
+    "prefill: a window of one key more": Mutation(
+        "softmax.h", "length - window)", "length - window - 1)", PREFILL_WINDOW
+    ),
+    "prefill: no mask at the window's edge": Mutation(
+        "kernels/attention_prefill.cu", " || key < row_first[i / 2]", "", PREFILL_WINDOW
+    ),
+    "prefill: reads keys before the window": Mutation(
+        "kernels/attention_prefill.cu", "row >= begin && ", "", PREFILL_WINDOW
+    ),
+    "prefill: exponents from minus infinity": Mutation(
+        "kernels/attention_prefill.cu", "== -INFINITY ? 0.0f : new_highest[r]", "== 1.0f ? 0.0f : new_highest[r]",
+        PREFILL_WINDOW,
+    ),
+    "prefill: the query's own number for its key/value head": Mutation(
+        "kernels/attention_prefill.cu", "queries.kv_head[head] : head", "head : head", PREFILL_HEADS
+    ),
+    "decode: a window's keys from the first": Mutation(
+        "kernels/attention_decode.cu", "begin = seen + split", "begin = split", DECODE_WINDOW
     ),
     "decode: merges before all groups wrote": Mutation(
         "kernels/attention_decode.cu", "sync_block();", "", DECODE
@@ -106,7 +139,7 @@ MUTATIONS = {
     "decode: looks at the count before it is taken": Mutation(
         "kernels/attention_decode.cu", "sync_block();", "", DECODE, after="if (thread == 0) *arrived"
     ),
-    "decode: one key too few": Mutation("kernels/attention_decode.cu", "key < end;", "key < end - 1;", DECODE),
+    "decode: one key too few": Mutation("softmax.h", "group < end ?", "group < end - 1 ?", DECODE),
     "matvec: multiplies rows that are not normalised yet": Mutation(
         "kernels/matvec.cu", "sync_block();", "", MATVEC
     ),
@@ -115,6 +148,19 @@ MUTATIONS = {
     ),
     "matvec: the step after": Mutation(
         "kernels/matvec.cu", "fetch_weights(step + kRound", "fetch_weights(step + kRound + 1", MATVEC_LONG
+    ),
+    "matvec: the pair's other number from further away": Mutation(
+        "kernels/matvec.cu", "warp_xor(value, 1)", "warp_xor(value, 2)", MATVEC_HEADS
+    ),
+    "matvec: turns values too": Mutation(
+        "kernels/matvec.cu", "(p.heads + p.cache.heads) *", "(p.heads + 2 * p.cache.heads) *", MATVEC_HEADS
+    ),
+    "persistent: blocks part a pair": Mutation("persistent/block.h", "stage, kPair}", "stage, 1}", PERSISTENT),
+    "persistent: the next row's pair": Mutation(
+        "kernels/decode_persistent.cu", "warp_xor(value, ROWS)", "warp_xor(value, 1)", PERSISTENT
+    ),
+    "persistent: reads keys before the window": Mutation(
+        "persistent/attention.h", "begin = first + split", "begin = split", PERSISTENT_WINDOW
     ),
     "persistent: multiplies a tile that is not there": Mutation(
         "persistent/weight_ring.h", "mbarrier_wait(full_ + at_, parity_);", "", PERSISTENT

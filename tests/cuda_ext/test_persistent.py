@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from heads import angles_of, kv_head_of, turned
 from torch.nn.functional import gelu, layer_norm, linear
 
 from cuda_ext.host_build import host_library
@@ -27,7 +28,9 @@ class Sizes:
     inner: int = 290
     vocabulary: int = 101
     head_dim: int = 32
-    heads: tuple[int, ...] = (2, 1)
+    readers: tuple[tuple[int, ...], ...] = ((1, 1), (1,))  # of each layer: query heads of each key/value head
+    windows: tuple[int, ...] = (0, 0)  # 0: all
+    dims: int = 0  # numbers of a head that turn with the position
     capacity: int = 80
 
     @property
@@ -69,13 +72,16 @@ class Model:
         self.wte, self.wpe = matrix(s.vocabulary, s.width, 8.0), matrix(s.capacity, s.width, 4.0)
         self.lnf = (vector(s.width, 1.0), vector(s.width))
         self.layers = []
-        for heads in s.heads:
-            all_heads = heads * s.head_dim
-            shapes = [(3 * all_heads, s.width), (s.width, all_heads), (s.inner, s.width), (s.width, s.inner)]
+        for readers in s.readers:
+            all_heads = sum(readers) * s.head_dim
+            qkv_rows = all_heads + 2 * len(readers) * s.head_dim
+            shapes = [(qkv_rows, s.width), (s.width, all_heads), (s.inner, s.width), (s.width, s.inner)]
             (qkv, out, fc, proj) = ([matrix(*shape), vector(shape[0])] for shape in shapes)
             norms = [[vector(s.width, 1.0), vector(s.width)] for _ in range(2)]
             self.layers.append([*norms[0], *qkv, *out, *norms[1], *fc, *proj])
-        self.caches = [torch.full((2, batch, heads, s.capacity, s.head_dim), NAN).half() for heads in s.heads]
+        self.caches = [torch.full((2, batch, len(r), s.capacity, s.head_dim), NAN).half() for r in s.readers]
+        self.kv_heads = [kv_head_of(list(readers)) for readers in s.readers]
+        self.angles = angles_of(s.capacity, s.dims)
 
     def fill(self, lengths: list[int], seed: int) -> None:
         """A random past of `lengths` keys and values, NaN behind it."""
@@ -91,14 +97,21 @@ class Model:
         s = self.sizes
         wide = [position if position < s.capacity else -1 for position in positions]
         x = (self.wte[tokens].to(dtype) + self.wpe[wide].to(dtype))[:, : s.width]
-        for heads, layer, cache in zip(s.heads, self.layers, caches, strict=True):
+        for readers, window, layer, cache in zip(s.readers, s.windows, self.layers, caches, strict=True):
             ln1, ln1b, qkv, qkvb, out, outb, ln2, ln2b, fc, fcb, proj, projb = (part.to(dtype) for part in layer)
             norm = layer_norm(x, (s.width,), ln1, ln1b, EPSILON)
-            q, k, v = linear(norm, qkv[:, : s.width], qkvb).view(self.batch, 3, heads, s.head_dim).unbind(1)
+            projected = linear(norm, qkv[:, : s.width], qkvb).view(self.batch, -1, s.head_dim)
+            q, k, v = projected.split((sum(readers), len(readers), len(readers)), 1)
+            q, k = (
+                torch.stack([turned(of[b], self.angles, at).to(dtype) for b, at in enumerate(positions)])
+                for of in (q, k)
+            )
             attention = torch.empty_like(q)
             for b, position in enumerate(positions):
                 cache[0, b, :, position], cache[1, b, :, position] = k[b], v[b]
-                keys, values = cache[:, b, :, : position + 1]
+                begin = max(0, position + 1 - window) if window else 0
+                repeats = torch.tensor(readers)
+                keys, values = cache[:, b, :, begin : position + 1].repeat_interleave(repeats, 1)
                 scores = (keys @ q[b, :, :, None])[..., 0] * s.head_dim**-0.5
                 attention[b] = (scores.softmax(-1)[:, None] @ values)[:, 0]
             x = x + linear(attention.flatten(1), out, outb)
@@ -144,7 +157,9 @@ class Decoder:
 
     def _numbers(self) -> Any:
         model, shape, s = self.model, self.shape, self.model.sizes
-        numbers = [s.width, s.inner, s.vocabulary, s.capacity, s.head_dim, s.ld_width, s.ld_inner]
+        numbers = [s.width, s.inner, s.vocabulary, s.capacity]
+        numbers += [0 if model.angles is None else model.angles.data_ptr(), s.dims, s.capacity]
+        numbers += [s.head_dim, s.ld_width, s.ld_inner]
         numbers += [part.data_ptr() for part in (model.wte, model.wpe, *model.lnf)]
         numbers += [model.batch, s.capacity]
         state = (self.tokens, self.position, self.lengths, self.step, self.finished, self.history)
@@ -153,8 +168,11 @@ class Decoder:
         numbers += [self.logits.data_ptr(), self.logits.shape[1], self.workspace.data_ptr()]
         numbers += [shape.blocks, shape.threads, shape.splits, shape.shared_bytes, shape.work]
         numbers += [self.table.data_ptr(), len(model.layers)]
-        for heads, layer, cache in zip(s.heads, model.layers, model.caches, strict=True):
-            numbers += [heads, *(part.data_ptr() for part in layer), cache[0].data_ptr(), cache[1].data_ptr()]
+        for readers, window, kv_head, layer, cache in zip(
+            s.readers, s.windows, model.kv_heads, model.layers, model.caches, strict=True
+        ):
+            numbers += [sum(readers), len(readers), 0 if kv_head is None else kv_head.data_ptr(), window]
+            numbers += [*(part.data_ptr() for part in layer), cache[0].data_ptr(), cache[1].data_ptr()]
         self._kept = torch.tensor(numbers, dtype=torch.int64)
         return ctypes.c_void_p(self._kept.data_ptr())
 
@@ -206,10 +224,14 @@ def test_tokens(library: ctypes.CDLL, blocks: int, batch: int) -> None:
     "sizes",
     [
         Sizes(width=64, inner=256, head_dim=64, vocabulary=50),
-        Sizes(width=111, inner=445, head_dim=128, heads=(1, 3)),
-        Sizes(width=600, inner=1300, head_dim=32, heads=(3,)),  # rows of several tiles, and several passes
+        Sizes(width=111, inner=445, head_dim=128, readers=((1,), (1, 1, 1))),
+        # Rows of several tiles, and several passes.
+        Sizes(width=600, inner=1300, head_dim=32, readers=((1, 1, 1),), windows=(0,)),
+        Sizes(dims=32, readers=((2,), (1, 2))),
+        Sizes(width=111, head_dim=64, dims=26, readers=((1, 3), (2, 1)), windows=(30, 0)),
+        Sizes(head_dim=128, dims=100, windows=(2, 33)),
     ],
-    ids=["even", "odd", "long"],
+    ids=["even", "odd", "long", "rotary and grouped", "uneven groups", "windows"],
 )
 def test_sizes(library: ctypes.CDLL, sizes: Sizes) -> None:
     library.hr_host_seed(1)
@@ -234,8 +256,28 @@ def test_any_order_of_threads(library: ctypes.CDLL, each_seed: Any, batch: int) 
 def test_gpt2s_width(library: ctypes.CDLL, batch: int, threads: int, seed: int) -> None:
     """All of the shared memory, and the engine's own counts of threads."""
     library.hr_host_seed(seed)
-    sizes = Sizes(width=768, inner=3072, vocabulary=503, head_dim=64, heads=(12, 9), capacity=300)
+    sizes = Sizes(width=768, inner=3072, vocabulary=503, head_dim=64, readers=((1,) * 12, (1,) * 9), capacity=300)
     check(library, sizes, Shape(7, threads=threads, shared_bytes=0), batch, steps=1, past=257, seed=seed)
+
+
+def test_variants_in_any_order_of_threads(library: ctypes.CDLL, each_seed: Any) -> None:
+    sizes = Sizes(dims=26, readers=((2, 1), (1,)), windows=(17, 0))  # three blocks would part a pair of row 149
+    for seed in each_seed(library):
+        check(library, sizes, Shape(2 + seed % 3), 1 + seed % 3, steps=2, seed=seed)
+
+
+def test_what_lies_before_a_window_is_not_read(library: ctypes.CDLL) -> None:
+    library.hr_host_seed(0)
+    model = Model(Sizes(windows=(9, 9)), 2, seed=0)
+    lengths = [40, 11]
+    model.fill(lengths, seed=0)
+    for cache in model.caches:
+        for b, length in enumerate(lengths):
+            cache[:, b, :, : length + 1 - 9] = NAN
+    decoder = Decoder(library, model, Shape(), greedy=False)
+    decoder.start([5, 6], lengths)
+    assert decoder.run(1) == 0, library.hr_host_error()
+    assert torch.isfinite(decoder.logits[:, : model.sizes.vocabulary]).all()
 
 
 def greedy_reference(model: Model, token: list[int], lengths: list[int], steps: int) -> torch.Tensor:

@@ -68,8 +68,8 @@ def ptx() -> Iterator[Ptx]:
     machine.lib.hr_host_seed(0)
     machine.set(named_memory=1, budget=2_000_000)
     yield machine
+    machine.set(named_memory=0, rough=0, races=1, always_weak=0, budget=300_000_000)
     machine.lib.hr_host_seed(0)
-    machine.set(named_memory=0, rough=0, races=1, budget=300_000_000)
 
 
 def aligned(*shape: int, dtype: Any = np.uint32, fill: int = 0) -> NDArray:
@@ -429,13 +429,26 @@ def test_release_and_acquire_are_needed(ptx: Ptx, release: str, acquire: str, ri
     body = HANDSHAKE.replace("RELEASE", release).replace("ACQUIRE", acquire)
     kernel, results = ptx.kernel(body, 3), set()
     for seed in range(27):
+        ptx.set(always_weak=1)
         ptx.lib.hr_host_seed(seed)
-        ptx.set(weak_memory=1)
         data, flag, out = aligned(32), aligned(32), aligned(32)
         assert ptx.launch(kernel, data, flag, out, threads=1, blocks=2, cooperative=True) == 0
         assert ptx.lib.hr_ptx_finish() == 0, ptx.error
         results.add(int(out[0]))
     assert results == {7} if right else 0 in results
+
+
+def test_a_block_sees_its_own_stores_and_atomics_in_order(ptx: Ptx) -> None:
+    """Under weak memory too: one address is read, written, added to and read again."""
+    body = """ld.global.u32 %r1, [%p0]; st.global.u32 [%p0], 5; ld.global.u32 %r2, [%p0];
+        red.relaxed.gpu.global.add.u32 [%p0], 3; ld.global.u32 %r3, [%p0]; atom.global.max.u32 %r4, [%p0], 9;
+        st.global.v4.u32 [%p1], {%r1, %r2, %r3, %r4};"""
+    ptx.set(always_weak=1)
+    for seed in range(9):
+        ptx.lib.hr_host_seed(seed)
+        data, out = aligned(32), aligned(4)
+        assert ptx.run(body, data, out, threads=1) == 0, ptx.error
+        assert (out.tolist(), int(data[0])) == ([0, 5, 8, 8], 9)
 
 
 @pytest.mark.parametrize("waits", [True, False])
@@ -466,6 +479,10 @@ FAULTS = {
     "read_after_write": (f"{PLACE} st.shared.u32 [%r1], %x; ld.shared.u32 %r3, [block_memory];", r"race: read at 0"),
     "write_after_read": (
         f"{PLACE} ld.shared.u32 %r3, [%r1]; st.shared.u32 [block_memory+4], %r3;", r"race: write at 4 after the read"
+    ),
+    "read_after_atomic": (
+        "mov.u32 %r1, block_memory; atom.shared.add.u32 %r2, [%r1], 1; ld.shared.u32 %r3, [%r1];",
+        r"race: read at 0 after the write of several threads",
     ),
     "beyond_shared_memory": ("ld.shared.u32 %r3, [block_memory+1024];", r"out of bounds: 4 bytes at 1024 of 1024"),
     "before_shared_memory": (
@@ -563,5 +580,7 @@ def test_barriers_order_shared_memory(ptx: Ptx) -> None:
     assert ptx.run(f"{write} bar.warp.sync -1; {read}", threads=32) == 0, ptx.error
     assert ptx.run(f"{write} bar.warp.sync -1; {read}", threads=64) == FAULT
     ptx.lib.hr_host_seed(0)
+    atomics = "mov.u32 %r1, block_memory; atom.shared.exch.b32 %r2, [%r1], 0; atom.shared.add.u32 %r2, [%r1], 1;"
+    assert ptx.run(f"{atomics} bar.sync 0; {read}", threads=64) == 0, ptx.error
     ptx.set(races=0)
     assert ptx.run(f"{write} {read}", threads=64) == 0, ptx.error

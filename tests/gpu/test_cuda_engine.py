@@ -29,18 +29,22 @@ SHAPES = {
     "1 to 12 heads": (768, 64, 3072, tuple(range(1, 13))),
     "wide heads": (256, 128, 1000, (2, 1)),
     "dense": (128, 64, 512, (2, 2)),
+    "rotary": (128, 64, 512, (2, 2), {"position": "rope", "rope_share": 0.5}),
+    "grouped": (192, 64, 768, (4, 3), {"n_kv_head": 2}),
+    "windows": (96, 32, 384, (2, 3), {"window": [70, None]}),
+    "rotary, grouped, windows": (111, 32, 450, (6, 5), {"position": "rope", "n_kv_head": 3, "window": 33}),
 }
 
 
 @pytest.fixture(scope="module", params=SHAPES, ids=lambda name: name.replace(" ", "-"))
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Random FP16 weights, biases and norms among them, large enough for rounding to matter."""
-    width, head_dim, inner, heads = SHAPES[request.param]
+    width, head_dim, inner, heads, *variant = SHAPES[request.param]
     torch.manual_seed(5)
     config = CompactGPT2Config(
         vocab_size=VOCABULARY, n_positions=CONTEXT, n_embd=width, n_layer=len(heads), n_head=max(heads),
         head_dim=head_dim, n_inner=inner, kept_heads=[list(range(count)) for count in heads],
-        initializer_range=1.5 / width**0.5, bos_token_id=0, eos_token_id=0,
+        initializer_range=1.5 / width**0.5, bos_token_id=0, eos_token_id=0, **(variant[0] if variant else {}),
     )  # fmt: skip
     model = CompactGPT2LMHeadModel(config)
     for name, parameter in model.named_parameters():

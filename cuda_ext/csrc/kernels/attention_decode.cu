@@ -3,92 +3,54 @@
 // head_dim / 8 lanes hold a key, 16 bytes each, so a warp reads several keys at once, and each lane group keeps its
 // own running softmax. Groups merge in shared memory, blocks in device memory, where the last one to come adds up.
 #include "../ops.h"
+#include "../softmax.h"
 
 namespace headroom {
 namespace {
 
 constexpr int kWarps = 4, kThreads = kWarps * kWarp;
-constexpr int kAhead = 4;  // keys, and values, that a lane has on their way
-constexpr float kLog2E = 1.4426950408889634f;
-
-// exp2(x - highest), and 0 where there was nothing yet.
-HR_DEVICE float share(float x, float highest) { return x == -INFINITY ? 0.0f : exp2f(x - highest); }
+constexpr int kAhead = 4;  // keys that a lane asks for together
 
 template <int D>
 HR_KERNEL void HR_LAUNCH_BOUNDS(kThreads, 1)
-    attention_kernel(const half* q, int ld_q, KvCache cache, const int* lengths, half* out, int ld_out, float* partial,
-                     unsigned* counters) {
+    attention_kernel(const half* q, int ld_q, Queries queries, KvCache cache, const int* lengths, half* out, int ld_out,
+                     float* partial, unsigned* counters) {
     constexpr int kLanes = D / 8;                  // of one key
     constexpr int kGroups = kThreads / kLanes;     // keys in a block's hands at once
     HR_SHARED(float, merged);                      // [kGroups][D + 2], then one word
     const int splits = static_cast<int>(gridDim.x), split = static_cast<int>(blockIdx.x);
     const int head = static_cast<int>(blockIdx.y), sequence = static_cast<int>(blockIdx.z);
     const int thread = static_cast<int>(threadIdx.x), group = thread / kLanes, part = thread % kLanes * 8;
-    const int64_t of_head = static_cast<int64_t>(sequence) * cache.heads + head;
+    const int64_t of_head = static_cast<int64_t>(sequence) * queries.heads + head;
+    const int kv_head = queries.kv_head != nullptr ? queries.kv_head[head] : head;
+    const int64_t cached = (static_cast<int64_t>(sequence) * cache.heads + kv_head) * cache.capacity * D + part;
 
     wait_for_previous_launch();
-    const int length = min(lengths[sequence], cache.capacity), each = ceil_div(length, splits);
-    const int begin = split * each, end = min(begin + each, length);
-    const half* keys = cache.k + of_head * cache.capacity * D + part;
-    const half* values = cache.v + of_head * cache.capacity * D + part;
-
-    float query[8], sums[8] = {}, highest = -INFINITY, weight = 0.0f;
+    const int length = min(lengths[sequence], cache.capacity), seen = first_in_window(length, queries.window);
+    const int each = ceil_div(length - seen, splits), begin = seen + split * each, end = min(begin + each, length);
+    float query[8];
     unpack8(load16(q + static_cast<int64_t>(sequence) * ld_q + head * D + part), query);
     const float scale = kLog2E * rsqrtf(static_cast<float>(D));
 #pragma unroll
     for (float& x : query) x *= scale;
-
-    for (int key0 = begin; key0 < end; key0 += kGroups * kAhead) {
-        uint4 k[kAhead], v[kAhead];
-#pragma unroll
-        for (int i = 0; i < kAhead; ++i) {
-            const int key = key0 + i * kGroups + group;
-            const bool there = key < end;
-            k[i] = there ? load16(keys + static_cast<int64_t>(key) * D) : make_uint4(0, 0, 0, 0);
-            v[i] = there ? load16(values + static_cast<int64_t>(key) * D) : make_uint4(0, 0, 0, 0);
-        }
-        float scores[kAhead], new_highest = highest;
-#pragma unroll
-        for (int i = 0; i < kAhead; ++i) {
-            float x[8], score = 0.0f;
-            unpack8(k[i], x);
-#pragma unroll
-            for (int j = 0; j < 8; ++j) score += x[j] * query[j];
-#pragma unroll
-            for (int mask = 1; mask < kLanes; mask *= 2) score += warp_xor(score, mask);
-            scores[i] = key0 + i * kGroups + group < end ? score : -INFINITY;
-            new_highest = fmaxf(new_highest, scores[i]);
-        }
-        const float shrink = share(highest, new_highest);
-        highest = new_highest;
-        weight *= shrink;
-#pragma unroll
-        for (float& sum : sums) sum *= shrink;
-#pragma unroll
-        for (int i = 0; i < kAhead; ++i) {
-            float x[8];
-            unpack8(v[i], x);
-            const float p = share(scores[i], highest);
-            weight += p;
-#pragma unroll
-            for (int j = 0; j < 8; ++j) sums[j] += p * x[j];
-        }
-    }
+    PartialSoftmax own;
+    attend_keys<D, kAhead>(own, query, cache.k + cached, cache.v + cached, begin, end, group, kGroups,
+                           [](const half* from) { return load16(from); });
     let_next_launch_begin();
 
     float* mine = merged + group * (D + 2);
 #pragma unroll
-    for (int j = 0; j < 8; ++j) mine[part + j] = sums[j];
+    for (int j = 0; j < 8; ++j) mine[part + j] = own.sums[j];
     if (part == 0) {
-        mine[D] = highest;
-        mine[D + 1] = weight;
+        mine[D] = own.highest;
+        mine[D + 1] = own.weight;
     }
     sync_block();
     float total = 0.0f, most = -INFINITY, denominator = 0.0f;
     if (thread < D) {
         for (int g = 0; g < kGroups; ++g) most = fmaxf(most, merged[g * (D + 2) + D]);
         for (int g = 0; g < kGroups; ++g) {
-            const float p = share(merged[g * (D + 2) + D], most);
+            const float p = masked_exp2(merged[g * (D + 2) + D], most);
             total += p * merged[g * (D + 2) + thread];
             denominator += p * merged[g * (D + 2) + D + 1];
         }
@@ -117,7 +79,7 @@ HR_KERNEL void HR_LAUNCH_BOUNDS(kThreads, 1)
     total = denominator = 0.0f, most = -INFINITY;
     for (int s = 0; s < splits; ++s) most = fmaxf(most, load_shared_across_blocks(parts + s * (D + 2) + D));
     for (int s = 0; s < splits; ++s) {
-        const float p = share(load_shared_across_blocks(parts + s * (D + 2) + D), most);
+        const float p = masked_exp2(load_shared_across_blocks(parts + s * (D + 2) + D), most);
         total += p * load_shared_across_blocks(parts + s * (D + 2) + thread);
         denominator += p * load_shared_across_blocks(parts + s * (D + 2) + D + 1);
     }
@@ -125,21 +87,22 @@ HR_KERNEL void HR_LAUNCH_BOUNDS(kThreads, 1)
 }
 
 template <int D>
-int run(const half* q, int ld_q, const KvCache& cache, const int* lengths, half* out, int ld_out, int batch, int splits,
-        float* partial, unsigned* counters, bool dependent, Stream stream) {
+int run(const half* q, int ld_q, const Queries& queries, const KvCache& cache, const int* lengths, half* out, int ld_out,
+        int batch, int splits, float* partial, unsigned* counters, bool dependent, Stream stream) {
     constexpr int kGroups = kThreads / (D / 8);
-    const dim3 grid(static_cast<unsigned>(splits), static_cast<unsigned>(cache.heads), static_cast<unsigned>(batch));
+    const dim3 grid(static_cast<unsigned>(splits), static_cast<unsigned>(queries.heads), static_cast<unsigned>(batch));
     Launch how{grid, dim3(kThreads), (kGroups * (D + 2) + 1) * sizeof(float), stream};
     how.dependent = dependent;
-    return launch(how, attention_kernel<D>, q, ld_q, cache, lengths, out, ld_out, partial, counters);
+    return launch(how, attention_kernel<D>, q, ld_q, queries, cache, lengths, out, ld_out, partial, counters);
 }
 
 }  // namespace
 
-int attention_decode(const half* q, int ld_q, const KvCache& cache, const int* lengths, half* out, int ld_out,
-                     int batch, int splits, float* partial, unsigned* counters, bool dependent, Stream stream) {
+int attention_decode(const half* q, int ld_q, const Queries& queries, const KvCache& cache, const int* lengths, half* out,
+                     int ld_out, int batch, int splits, float* partial, unsigned* counters, bool dependent,
+                     Stream stream) {
     const auto chosen = cache.head_dim == 32 ? run<32> : cache.head_dim == 64 ? run<64> : run<128>;
-    return chosen(q, ld_q, cache, lengths, out, ld_out, batch, splits, partial, counters, dependent, stream);
+    return chosen(q, ld_q, queries, cache, lengths, out, ld_out, batch, splits, partial, counters, dependent, stream);
 }
 
 }  // namespace headroom

@@ -11,6 +11,7 @@
 #include "../persistent/next_token.h"
 #include "../persistent/norm.h"
 #include "../persistent/weight_ring.h"
+#include "../rotary.h"
 
 namespace headroom {
 namespace {
@@ -19,13 +20,14 @@ using namespace persistent;
 
 constexpr int kInvalid = 1;  // cudaErrorInvalidValue
 
-// This block's rows of the matrix times b.rows(); a thread gets at most one output a pass: write(r, row, value).
-template <int ROWS, typename Ring, typename Write>
-HR_DEVICE void product(const Block& b, Ring& ring, int index, const half* bias, Write write) {
+// This block's rows of the matrix times b.rows(); a thread gets at most one output a pass: write(r, row, value). Before,
+// all lanes may look at their neighbours' values: place(r, row, value) is what is written.
+template <int ROWS, typename Ring, typename Place, typename Write>
+HR_DEVICE void product(const Block& b, Ring& ring, int index, const half* bias, Place place, Write write) {
     if (b.p.work == PersistentWork::kBarriers) return;
     [[maybe_unused]] constexpr int kUnroll = ROWS > 1 ? 1 : 4;  // more would spill
     const Matrix m = b.matrix(index);
-    const int rows_a_pass = min(b.threads / ROWS, b.plan.scratch_floats / (m.chunks * ROWS));
+    const int rows_a_pass = min(b.threads / ROWS, b.plan.scratch_floats / (m.chunks * ROWS)) / kPair * kPair;
     const int r = b.thread % ROWS, mine = b.thread / ROWS;
     int tile = warp_id();
     for (int first = m.begin; first < m.end; first += rows_a_pass) {
@@ -60,9 +62,41 @@ HR_DEVICE void product(const Block& b, Ring& ring, int index, const half* bias, 
             ring.release();
         }
         sync_block();
-        if (!writes || b.p.work != PersistentWork::kAll) continue;
-        for (int i = 0; i < m.chunks; ++i) value += b.scratch()[(mine * m.chunks + i) * ROWS + r];
-        write(r, first + mine, value);
+        if (b.p.work != PersistentWork::kAll) continue;
+        for (int i = 0; writes && i < m.chunks; ++i) value += b.scratch()[(mine * m.chunks + i) * ROWS + r];
+        value = place(r, first + mine, value);
+        if (writes) write(r, first + mine, value);
+    }
+}
+
+template <int ROWS, typename Ring, typename Write>
+HR_DEVICE void product(const Block& b, Ring& ring, int index, const half* bias, Write write) {
+    product<ROWS>(b, ring, index, bias, [](int, int, float value) { return value; }, write);
+}
+
+// Queries and keys turn where positions are rotary: the other number of a pair is ROWS lanes away.
+template <int ROWS>
+HR_DEVICE float in_position(const Block& b, const Layer& layer, int r, int row, float value) {
+    const Rotary& rotary = b.p.rotary;
+    if (rotary.dims == 0) return value;
+    const float partner = warp_xor(value, ROWS);
+    const int d = row % b.p.head_dim, turning = layer.query_width() + layer.cache.heads * b.p.head_dim;
+    if (r >= b.batch() || row >= turning || d >= rotary.dims) return value;
+    return turned(rotary_angle(rotary, b.state().position[r], d), d, value, partner);
+}
+
+// Queries for all to see, keys and values into the cache.
+HR_DEVICE void write_qkv(const Block& b, const Layer& layer, int r, int row, float value) {
+    const KvCache& cache = layer.cache;
+    const int dim = b.p.head_dim, q_width = layer.query_width(), kv_width = cache.heads * dim;
+    const int position = b.state().position[r];
+    if (row < q_width) {
+        b.q()[r * q_width + row] = to_half(value);
+    } else if (position < cache.capacity) {
+        const bool is_key = row < q_width + kv_width;
+        const int place = row - q_width - (is_key ? 0 : kv_width);
+        const int64_t head = static_cast<int64_t>(r) * cache.heads + place / dim;
+        (is_key ? cache.k : cache.v)[(head * cache.capacity + position) * dim + place % dim] = to_half(value);
     }
 }
 
@@ -119,18 +153,11 @@ HR_KERNEL void HR_LAUNCH_BOUNDS(kMaxThreads, 1) decode_kernel(Plan plan) {
         if (all_work) embed_own<ROWS>(b);
         for (int index = 0; index < p.layer_count; ++index) {
             const Layer& layer = b.layer(index);
-            const int all = layer.heads * p.head_dim;
             if (all_work) normalise<ROWS>(b, norm, index == 0);
-            product<ROWS>(b, ring, 4 * index, layer.qkv_bias, [&](int r, int row, float value) {
-                const int which = row / all, place = row % all, position = b.state().position[r];
-                if (which == 0) {
-                    b.q()[r * all + place] = to_half(value);
-                } else if (position < layer.cache.capacity) {
-                    const int64_t head = static_cast<int64_t>(r) * layer.heads + place / p.head_dim;
-                    half* to = which == 1 ? layer.cache.k : layer.cache.v;
-                    to[(head * layer.cache.capacity + position) * p.head_dim + place % p.head_dim] = to_half(value);
-                }
-            });
+            product<ROWS>(
+                b, ring, 4 * index, layer.qkv_bias,
+                [&](int r, int row, float value) { return in_position<ROWS>(b, layer, r, row, value); },
+                [&](int r, int row, float value) { write_qkv(b, layer, r, row, value); });
             grid_barrier(counters, ++round);
             if (all_work) {
                 if (p.head_dim == 32) attend<32>(b, layer);

@@ -7,10 +7,10 @@ namespace {
 constexpr int kThreads = 128;
 
 HR_KERNEL void embed_kernel(const int* tokens, const int* start, const half* wte, const half* wpe, float* x, int length,
-                            int context, int ld) {
+                            int rows, int ld) {
     const int64_t row = blockIdx.x;
     const int t = static_cast<int>(row % length);
-    const int position = min(start[row / length] + t, context - 1);
+    const int position = min(start[row / length] + t, rows - 1);
     const half* token = wte + static_cast<int64_t>(tokens[row]) * ld;
     const half* place = wpe + static_cast<int64_t>(position) * ld;
     for (int column = static_cast<int>(threadIdx.x) * 8; column < ld; column += kThreads * 8) {
@@ -29,9 +29,9 @@ HR_KERNEL void embed_kernel(const int* tokens, const int* start, const half* wte
 }  // namespace
 
 int embed(const int* tokens, const int* start, const half* wte, const half* wpe, float* x, int batch, int length,
-          int context, int ld, Stream stream) {
+          int rows, int ld, Stream stream) {
     const dim3 grid(static_cast<unsigned>(batch * length));
-    return launch({grid, dim3(kThreads), 0, stream}, embed_kernel, tokens, start, wte, wpe, x, length, context, ld);
+    return launch({grid, dim3(kThreads), 0, stream}, embed_kernel, tokens, start, wte, wpe, x, length, rows, ld);
 }
 
 }  // namespace headroom

@@ -1,34 +1,54 @@
-// The keys and values of new tokens, from the rows of a QKV product to their places in the cache.
-#include "../ops.h"
+// The keys and values of new tokens, from the rows of a QKV product to their places in the cache. Where positions are
+// rotary, keys turn on their way, and queries where they lie.
+#include "../rotary.h"
 
 namespace headroom {
 namespace {
 
 constexpr int kThreads = 128;
 
-// One block a token: its 2 * heads * head_dim values, 16 bytes a thread.
-HR_KERNEL void kv_append_kernel(const half* qkv, int ld_qkv, KvCache cache, const int* start, const int* lengths,
-                                int length) {
+// Eight numbers of a head, from number `d` on, turned in FP32.
+HR_DEVICE uint4 rotated(uint4 packed, const Rotary& rotary, int position, int d) {
+    uint32_t words[4] = {packed.x, packed.y, packed.z, packed.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        if (d + 2 * i >= rotary.dims) break;
+        const float2 pair = unpack_half2(words[i]), angle = rotary_angle(rotary, position, d + 2 * i);
+        words[i] = pack_half2(turned(angle, 0, pair.x, pair.y), turned(angle, 1, pair.y, pair.x));
+    }
+    return make_uint4(words[0], words[1], words[2], words[3]);
+}
+
+// One block a token: its row's numbers, 16 bytes a thread.
+HR_KERNEL void kv_append_kernel(half* qkv, int ld_qkv, int heads, KvCache cache, Rotary rotary, const int* start,
+                                const int* lengths, int length) {
     const int64_t row = blockIdx.x;
     const int sequence = static_cast<int>(row / length), t = static_cast<int>(row % length);
     const int position = start[sequence] + t;
     if ((lengths != nullptr && t >= lengths[sequence]) || position >= cache.capacity) return;
-    const int all = cache.heads * cache.head_dim;
-    const half* keys = qkv + row * ld_qkv + all;
-    for (int i = static_cast<int>(threadIdx.x) * 8; i < 2 * all; i += kThreads * 8) {
-        const int column = i % all, head = column / cache.head_dim;
-        half* to = i < all ? cache.k : cache.v;
-        to += ((static_cast<int64_t>(sequence) * cache.heads + head) * cache.capacity + position) * cache.head_dim;
-        store16(to + column % cache.head_dim, load16(keys + i));
+    const int q_width = heads * cache.head_dim, kv_width = cache.heads * cache.head_dim;
+    half* from = qkv + row * ld_qkv;
+    const int first = rotary.dims > 0 ? 0 : q_width;  // queries stay as they are where nothing turns them
+    for (int i = first + static_cast<int>(threadIdx.x) * 8; i < q_width + 2 * kv_width; i += kThreads * 8) {
+        const int column = i < q_width ? i : (i - q_width) % kv_width, d = column % cache.head_dim;
+        const bool is_value = i >= q_width + kv_width;
+        const uint4 x = is_value ? load16(from + i) : rotated(load16(from + i), rotary, position, d);
+        if (i < q_width) {
+            store16(from + i, x);
+        } else {
+            const int64_t head = static_cast<int64_t>(sequence) * cache.heads + column / cache.head_dim;
+            store16((is_value ? cache.v : cache.k) + (head * cache.capacity + position) * cache.head_dim + d, x);
+        }
     }
 }
 
 }  // namespace
 
-int kv_append(const half* qkv, int ld_qkv, const KvCache& cache, const int* start, const int* lengths, int batch,
-              int length, Stream stream) {
+int kv_append(half* qkv, int ld_qkv, int heads, const KvCache& cache, const Rotary& rotary, const int* start,
+              const int* lengths, int batch, int length, Stream stream) {
     const dim3 grid(static_cast<unsigned>(batch * length));
-    return launch({grid, dim3(kThreads), 0, stream}, kv_append_kernel, qkv, ld_qkv, cache, start, lengths, length);
+    return launch({grid, dim3(kThreads), 0, stream}, kv_append_kernel, qkv, ld_qkv, heads, cache, rotary, start, lengths,
+                  length);
 }
 
 }  // namespace headroom

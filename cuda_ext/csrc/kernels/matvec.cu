@@ -7,7 +7,7 @@
 //
 // Weights do not depend on what ran before: under programmatic dependent launch they are asked for before the launch
 // before has ended. Each block repeats the LayerNorm of x: cheaper than a launch of its own.
-#include "../ops.h"
+#include "../rotary.h"
 #include "../row_norm.h"
 
 namespace headroom {
@@ -35,15 +35,25 @@ HR_DEVICE void write(const Matvec& p, int row, int column, float value) {
     if (OUT == MatvecOut::kResidual || OUT == MatvecOut::kFloat) p.out_float[at] = value;
     if (OUT == MatvecOut::kQkv) {
         const KvCache& cache = p.cache;
-        const int all = cache.heads * cache.head_dim, which = column / all, place = column % all;
-        if (which == 0) {
+        const int q_width = p.heads * cache.head_dim, kv_width = cache.heads * cache.head_dim;
+        if (column < q_width) {
             p.out_half[at] = to_half(value);
         } else if (p.position[row] < cache.capacity) {
-            half* to = which == 1 ? cache.k : cache.v;
+            const bool is_key = column < q_width + kv_width;
+            const int place = column - q_width - (is_key ? 0 : kv_width);
             const int64_t head = static_cast<int64_t>(row) * cache.heads + place / cache.head_dim;
+            half* to = is_key ? cache.k : cache.v;
             to[(head * cache.capacity + p.position[row]) * cache.head_dim + place % cache.head_dim] = to_half(value);
         }
     }
+}
+
+// Queries and keys turn where positions are rotary: the number beside this lane's is the other one of its pair.
+HR_DEVICE float in_position(const Matvec& p, int row, int column, float value) {
+    const float partner = warp_xor(value, 1);
+    const int d = column % p.cache.head_dim;
+    if (row >= p.rows || column >= (p.heads + p.cache.heads) * p.cache.head_dim || d >= p.rotary.dims) return value;
+    return turned(rotary_angle(p.rotary, p.position[row], d), d, value, partner);
 }
 
 // A block computes TILES * 8 outputs.
@@ -52,6 +62,7 @@ HR_KERNEL void HR_LAUNCH_BOUNDS(kThreads, 2) matvec_kernel(Matvec p) {
     constexpr int kLoads = TILES < kMostTiles ? 12 : 8;  // that a thread has on their way; more would spill
     constexpr int kOutputs = TILES * kTile, kAhead = kLoads / TILES, kRound = kAhead * kWarps;
     static_assert(kOutputs * kMatvecRows <= kThreads, "a thread finishes at most one output");
+    static_assert(kOutputs * kMatvecRows % kWarp == 0 && kOutputs % 2 == 0, "a pair's two numbers are in one warp");
     HR_SHARED(float, sums);  // [kWarps][kMatvecRows][kOutputs]; then, for kNorm, x: [rows][shared_row(k)]
     half* normal = reinterpret_cast<half*>(sums + kWarps * kMatvecRows * kOutputs);
     // A lane's place in a fragment: a row of x and an output, and which of the step's four pieces.
@@ -117,10 +128,11 @@ HR_KERNEL void HR_LAUNCH_BOUNDS(kThreads, 2) matvec_kernel(Matvec p) {
         *reinterpret_cast<float2*>(sums + (warp_id() * kMatvecRows + group) * kOutputs + t * kTile + part * 2) =
             make_float2(d[t][0], d[t][1]);
     sync_block();
-    if (!finishes) return;
+    if (threadIdx.x >= kMatvecRows * kOutputs) return;  // whole warps
 #pragma unroll
     for (int other = 0; other < kWarps; ++other) value += sums[other * kMatvecRows * kOutputs + threadIdx.x];
-    write<OUT>(p, row, column, value);
+    if (OUT == MatvecOut::kQkv && p.rotary.dims > 0) value = in_position(p, row, column, value);
+    if (finishes) write<OUT>(p, row, column, value);
 }
 
 template <int TILES, MatvecIn IN, MatvecOut OUT>

@@ -8,6 +8,7 @@ namespace headroom::persistent {
 
 constexpr int kMaxThreads = 384, kMaxSplits = 16;
 constexpr int kMaxStage = 1024;  // halves
+constexpr int kPair = 2;         // rows of q and k that rotary positions turn together
 
 // Of each sequence, the same in all blocks.
 struct State {
@@ -61,7 +62,7 @@ struct Plan {
     bool valid() const {
         return p.state.batch >= 1 && p.state.batch <= kPersistentBatch && p.threads % kWarp == 0 &&
                p.threads >= kWarp && p.threads <= kMaxThreads && p.width <= 8 * p.threads && depth >= 2 &&
-               scratch_floats >= ceil_div(ld_rows, stage) * kPersistentBatch &&
+               scratch_floats >= ceil_div(ld_rows, stage) * kPersistentBatch * kPair &&
                (p.head_dim == 32 || p.head_dim == 64 || p.head_dim == 128);
     }
 };
@@ -102,12 +103,11 @@ struct Block {
         const int stage = plan.stage;
         if (index == 4 * p.layer_count) return {p.wte, p.vocabulary, p.ld_width, stage};
         const Layer& of = layer(index / 4);
-        const int all = of.heads * p.head_dim;
         switch (index % 4) {
             case 0:
-                return {of.qkv_weight, 3 * all, p.ld_width, stage};
+                return {of.qkv_weight, of.qkv_width(), p.ld_width, stage, kPair};
             case 1:
-                return {of.out_weight, p.width, all, stage};
+                return {of.out_weight, p.width, of.query_width(), stage};
             case 2:
                 return {of.fc_weight, p.inner, p.ld_width, stage};
             default:

@@ -27,7 +27,7 @@ HR_DEVICE const half* token_row(const Block& b, int r) {
     return b.p.wte + static_cast<int64_t>(b.state().token[r]) * b.p.ld_width;
 }
 HR_DEVICE const half* place_row(const Block& b, int r) {
-    return b.p.wpe + static_cast<int64_t>(min(b.state().position[r], b.p.context - 1)) * b.p.ld_width;
+    return b.p.wpe + static_cast<int64_t>(min(b.state().position[r], b.p.position_rows - 1)) * b.p.ld_width;
 }
 
 // This block's columns of the residual stream, as they begin.

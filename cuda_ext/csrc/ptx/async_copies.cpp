@@ -45,7 +45,7 @@ void copy_async(Warp& w, const Instruction& i, Lanes lanes) {
         AsyncCopy copy{static_cast<uint32_t>(to[lane]), from[lane], bytes};
         if (bytes > kCopyBytes) fault(w, i, lane, "src-size is over cp-size");
         check_shared(w, i, lane, copy.to, kCopyBytes, kCopyBytes);
-        touch_shared(w, i, lane, copy.to, kCopyBytes, true);
+        touch_shared(w, i, lane, copy.to, kCopyBytes, Touch::kWrite);
         if (bytes != 0) {
             check_global(w, i, lane, copy.from, bytes, kCopyBytes);
             reading |= 1u << lane;
@@ -102,7 +102,7 @@ void init_mbarrier(Warp& w, const Instruction& i, Lanes lanes) {
     for_lanes(lanes, [&](int lane) {
         const auto address = static_cast<uint32_t>(addresses[lane]);
         check_shared(w, i, lane, address, sizeof(uint64_t), sizeof(uint64_t));
-        touch_shared(w, i, lane, address, sizeof(uint64_t), true);
+        touch_shared(w, i, lane, address, sizeof(uint64_t), Touch::kWrite);
         std::memcpy(shared_at(w, address), &kMbarrier, sizeof(kMbarrier));
         Mbarrier& m = w.block->mbarriers[address] = {};
         m.expected = m.pending = w.at<uint32_t>(i.b)[lane];
@@ -147,7 +147,7 @@ void copy_bulk(Warp& w, const Instruction& i, Lanes lanes) {
                   "misaligned: a bulk copy of " + std::to_string(copy.bytes) + " bytes, not in units of 16");
         }
         check_shared(w, i, lane, copy.to, copy.bytes, 16);
-        touch_shared(w, i, lane, copy.to, copy.bytes, true);
+        touch_shared(w, i, lane, copy.to, copy.bytes, Touch::kWrite);
         check_global(w, i, lane, copy.from, copy.bytes, 16);
         Mbarrier& m = mbarrier_at(w, i, lane, copy.mbarrier);
         if (!m.fenced) fault(w, i, lane, "no fence between the mbarrier's init and the asynchronous proxy");

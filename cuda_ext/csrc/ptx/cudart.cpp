@@ -93,6 +93,10 @@ cudaError_t cudaGetDevice(int* device) {
     return cudaSuccess;
 }
 
+cudaError_t cudaSetDevice(int device) {
+    return device == 0 ? cudaSuccess : cudaErrorInvalidDevice;
+}
+
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
     if (attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin) {
         *value = static_cast<int>(most_shared());

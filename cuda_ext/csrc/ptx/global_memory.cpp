@@ -125,6 +125,15 @@ void write_global(Warp& warp, const Instruction& i, int lane, uint64_t address, 
     }
 }
 
+void settle(Block& block, uint64_t address, uint32_t bytes) {
+    std::erase_if(block.late_stores, [&](const LateStore& store) {
+        const bool there = store.at < address + bytes && address < store.at + store.bytes.size();
+        if (there) apply(store);
+        return there;
+    });
+    block.stale_lines.erase(address / kLine);
+}
+
 void release(Warp& warp, int lane) {
     note_progress();
     if (!settings.weak_memory) return;

@@ -13,6 +13,9 @@ void check_global(Warp& warp, const Instruction& i, int lane, uint64_t address, 
 void read_global(Warp& warp, const Instruction& i, int lane, uint64_t address, void* to, uint32_t bytes, bool past_l1);
 void write_global(Warp& warp, const Instruction& i, int lane, uint64_t address, const void* from, uint32_t bytes);
 
+// Before an atomic operation there: what its own block has stored is older, and its line in L1 is no longer true.
+void settle(Block& block, uint64_t address, uint32_t bytes);
+
 // Release: this thread's stores, and those that a barrier has shown it, reach all blocks. Acquire: stale lines go.
 void release(Warp& warp, int lane);
 void acquire(Warp& warp);

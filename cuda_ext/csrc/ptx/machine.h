@@ -57,7 +57,7 @@ struct Warp {
 struct Touched {
     static constexpr uint16_t kMany = 0xffff;
     uint16_t writer = kMany, reader = kMany, reader_warp = kMany;
-    bool by_bulk_copy = false;
+    bool by_bulk_copy = false, by_atomic = false;
     uint32_t written_in_block = 0, written_in_warp = 0;  // epochs
     uint32_t read_in_block = 0, read_in_warp = 0;
     uint32_t mbarrier = 0, phase = 0;  // that the bulk copy completes

@@ -50,7 +50,7 @@ void load(Warp& w, const Instruction& i, Lanes lanes) {
         } else if (is_shared(i, address)) {
             const auto place = static_cast<uint32_t>(address);
             check_shared(w, i, lane, place, bytes, bytes);
-            touch_shared(w, i, lane, place, bytes, false);
+            touch_shared(w, i, lane, place, bytes, Touch::kRead);
             std::memcpy(held, shared_at(w, place), bytes);
         } else {
             check_global(w, i, lane, address, bytes, bytes);
@@ -75,7 +75,7 @@ void store(Warp& w, const Instruction& i, Lanes lanes) {
         if (is_shared(i, address)) {
             const auto place = static_cast<uint32_t>(address);
             check_shared(w, i, lane, place, bytes, bytes);
-            touch_shared(w, i, lane, place, bytes, true);
+            touch_shared(w, i, lane, place, bytes, Touch::kWrite);
             std::memcpy(shared_at(w, place), held, bytes);
         } else {
             check_global(w, i, lane, address, bytes, bytes);
@@ -99,7 +99,7 @@ T changed(int how, T old, T value) {
     }
 }
 
-// Atomics meet in L2, or in the shared memory itself: no order between them is a race.
+// They meet in L2, past what blocks hold of their own, or in the shared memory itself.
 template <class T>
 void atomic(Warp& w, const Instruction& i, Lanes lanes) {
     const Addresses addresses(w, i, lanes, sizeof(T), true);
@@ -108,9 +108,11 @@ void atomic(Warp& w, const Instruction& i, Lanes lanes) {
         T* place;
         if (is_shared(i, address)) {
             check_shared(w, i, lane, static_cast<uint32_t>(address), sizeof(T), sizeof(T));
+            touch_shared(w, i, lane, static_cast<uint32_t>(address), sizeof(T), Touch::kAtomic);
             place = reinterpret_cast<T*>(shared_at(w, static_cast<uint32_t>(address)));
         } else {
             check_global(w, i, lane, address, sizeof(T), sizeof(T));
+            settle(*w.block, address, sizeof(T));
             if (i.release) release(w, lane);
             place = reinterpret_cast<T*>(address);
         }

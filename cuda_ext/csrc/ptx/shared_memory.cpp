@@ -31,8 +31,10 @@ void note_read(const Warp& warp, Touched& t, uint16_t thread) {
     t.read_in_block = warp.block->epoch, t.read_in_warp = warp.epoch;
 }
 
-void note_write(const Warp& warp, Touched& t, uint16_t thread) {
-    t.writer = thread, t.written_in_block = warp.block->epoch, t.written_in_warp = warp.epoch;
+void note_write(const Warp& warp, Touched& t, uint16_t thread, bool atomic = false) {
+    const bool joins = atomic && t.by_atomic && t.writer != thread && !ordered_after_write(warp, t);
+    t.writer = joins ? Touched::kMany : thread, t.by_atomic = atomic;
+    t.written_in_block = warp.block->epoch, t.written_in_warp = warp.epoch;
 }
 
 }  // namespace
@@ -56,14 +58,14 @@ void check_shared(Warp& warp, const Instruction& i, int lane, uint32_t address, 
     }
 }
 
-void touch_shared(Warp& warp, const Instruction& i, int lane, uint32_t address, uint32_t bytes, bool is_write) {
+void touch_shared(Warp& warp, const Instruction& i, int lane, uint32_t address, uint32_t bytes, Touch how) {
     if (!settings.races) return;
     const uint16_t thread = warp.thread(lane);
     const uint32_t first = (address - kSharedBase) / kGrain, end = (address - kSharedBase + bytes + 1) / kGrain;
-    const std::string does = is_write ? "write" : "read";
     for (uint32_t grain = first; grain < end; ++grain) {
         Touched& t = warp.block->touched[grain];
         const auto race = [&](const std::string& with) {
+            const std::string does = how == Touch::kRead ? "read" : "write";
             fault(warp, i, lane, "race: " + does + " at " + std::to_string(grain * kGrain) + " after " + with);
         };
         if (t.by_bulk_copy) {
@@ -71,15 +73,15 @@ void touch_shared(Warp& warp, const Instruction& i, int lane, uint32_t address, 
             if (seen == warp.phases_seen.end() || seen->second <= t.phase) {
                 race("a bulk copy that this lane has not waited for");
             }
-            if (is_write) t.by_bulk_copy = false;
-        } else if (t.writer != thread && !ordered_after_write(warp, t)) {
+            if (how != Touch::kRead) t.by_bulk_copy = false;
+        } else if (t.writer != thread && !ordered_after_write(warp, t) && !(how == Touch::kAtomic && t.by_atomic)) {
             race("the write of " + thread_name(t.writer));
         }
-        if (is_write) {
-            if (t.reader != thread && !ordered_after_read(warp, t)) race("the read of " + thread_name(t.reader));
-            note_write(warp, t, thread);
-        } else {
+        if (how == Touch::kRead) {
             note_read(warp, t, thread);
+        } else {
+            if (t.reader != thread && !ordered_after_read(warp, t)) race("the read of " + thread_name(t.reader));
+            note_write(warp, t, thread, how == Touch::kAtomic);
         }
     }
 }

@@ -29,7 +29,7 @@ void load_matrices(Warp& w, const Instruction& i, Lanes) {
             const int lane = matrix * kSide + row;
             const auto address = static_cast<uint32_t>(addresses[lane]);
             check_shared(w, i, lane, address, kRowBytes, kRowBytes);
-            touch_shared(w, i, lane, address, kRowBytes, false);
+            touch_shared(w, i, lane, address, kRowBytes, Touch::kRead);
             std::memcpy(held[row], shared_at(w, address), kRowBytes);
         }
         for (int lane = 0; lane < kWarp; ++lane) {

@@ -26,27 +26,31 @@ int hr_gemm(const half* a, const half* weight, const half* bias, void* out, int 
 
 int hr_add_bias(const half* bias, float* x, int m, int n, int ld) { return add_bias(bias, x, m, n, ld, nullptr); }
 
-int hr_kv_append(const half* qkv, int ld_qkv, half* k, half* v, int heads, int capacity, int head_dim, const int* start,
-                 const int* lengths, int batch, int length) {
-    return kv_append(qkv, ld_qkv, {k, v, heads, capacity, head_dim}, start, lengths, batch, length, nullptr);
+int hr_kv_append(half* qkv, int ld_qkv, int heads, half* k, half* v, int kv_heads, int capacity, int head_dim,
+                 const float* angles, int dims, int positions, const int* start, const int* lengths, int batch,
+                 int length) {
+    return kv_append(qkv, ld_qkv, heads, {k, v, kv_heads, capacity, head_dim},
+                     {reinterpret_cast<const float2*>(angles), dims, positions}, start, lengths, batch, length, nullptr);
 }
 
-int hr_attention_prefill(const half* qkv, int ld_qkv, half* k, half* v, int heads, int capacity, int head_dim,
-                         const int* start, const int* lengths, half* out, int ld_out, int batch, int length) {
-    return attention_prefill(qkv, ld_qkv, {k, v, heads, capacity, head_dim}, start, lengths, out, ld_out, batch, length,
-                             nullptr);
+int hr_attention_prefill(const half* qkv, int ld_qkv, int heads, const int* kv_head, int window, half* k, half* v,
+                         int kv_heads, int capacity, int head_dim, const int* start, const int* lengths, half* out,
+                         int ld_out, int batch, int length) {
+    return attention_prefill(qkv, ld_qkv, {heads, kv_head, window}, {k, v, kv_heads, capacity, head_dim}, start, lengths,
+                             out, ld_out, batch, length, nullptr);
 }
 
-int hr_attention_decode(const half* q, int ld_q, half* k, half* v, int heads, int capacity, int head_dim,
-                        const int* lengths, half* out, int ld_out, int batch, int splits, float* partial,
-                        unsigned* counters) {
-    return attention_decode(q, ld_q, {k, v, heads, capacity, head_dim}, lengths, out, ld_out, batch, splits, partial,
-                            counters, false, nullptr);
+int hr_attention_decode(const half* q, int ld_q, int heads, const int* kv_head, int window, half* k, half* v, int kv_heads,
+                        int capacity, int head_dim, const int* lengths, half* out, int ld_out, int batch, int splits,
+                        float* partial, unsigned* counters) {
+    return attention_decode(q, ld_q, {heads, kv_head, window}, {k, v, kv_heads, capacity, head_dim}, lengths, out, ld_out,
+                            batch, splits, partial, counters, false, nullptr);
 }
 
 int hr_matvec(const void* x, int ld_x, const half* gain, const half* shift, float epsilon, const half* weight,
               const half* bias, int rows, int n, int k, int ld_weight, int out_kind, void* out, int ld_out,
-              half* cache_k, half* cache_v, int heads, int capacity, int head_dim, const int* position) {
+              int heads, half* cache_k, half* cache_v, int kv_heads, int capacity, int head_dim, const float* angles,
+              int dims, int positions, const int* position) {
     Matvec p{};
     p.x = static_cast<const float*>(x);
     p.x_half = static_cast<const half*>(x);
@@ -56,7 +60,8 @@ int hr_matvec(const void* x, int ld_x, const half* gain, const half* shift, floa
     p.rows = rows, p.n = n, p.k = k, p.ld_weight = ld_weight;
     p.out = static_cast<MatvecOut>(out_kind);
     p.out_half = static_cast<half*>(out), p.out_float = static_cast<float*>(out), p.ld_out = ld_out;
-    p.cache = {cache_k, cache_v, heads, capacity, head_dim};
+    p.heads = heads, p.cache = {cache_k, cache_v, kv_heads, capacity, head_dim};
+    p.rotary = {reinterpret_cast<const float2*>(angles), dims, positions};
     p.position = position;
     return matvec(p, false, nullptr);
 }

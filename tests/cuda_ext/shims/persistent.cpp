@@ -18,7 +18,8 @@ struct Reader {
 PersistentDecode read(const int64_t* numbers, float epsilon) {
     Reader r{numbers};
     PersistentDecode p{};
-    p.width = r.number(), p.inner = r.number(), p.vocabulary = r.number(), p.context = r.number();
+    p.width = r.number(), p.inner = r.number(), p.vocabulary = r.number(), p.position_rows = r.number();
+    p.rotary = {r.address<const float2>(), r.number(), r.number()};
     p.head_dim = r.number(), p.ld_width = r.number(), p.ld_inner = r.number();
     p.epsilon = epsilon;
     p.wte = r.address(), p.wpe = r.address(), p.lnf_gain = r.address(), p.lnf_bias = r.address();
@@ -36,14 +37,15 @@ PersistentDecode read(const int64_t* numbers, float epsilon) {
     p.layers = layers, p.layer_count = r.number();
     for (int i = 0; i < p.layer_count; ++i) {
         Layer& layer = layers[i] = {};
-        layer.heads = r.number();
+        const int heads = r.number(), kv_heads = r.number();
+        layer.queries = {heads, r.address<const int>(), r.number()};
         for (const half** part : {&layer.ln1_gain, &layer.ln1_bias, &layer.qkv_weight, &layer.qkv_bias, &layer.out_weight,
                                   &layer.out_bias, &layer.ln2_gain, &layer.ln2_bias, &layer.fc_weight, &layer.fc_bias,
                                   &layer.proj_weight, &layer.proj_bias})
             *part = r.address();
         half* k = r.address();
-        layer.cache = {k, r.address(), layer.heads, s.capacity, p.head_dim};
-        if (layer.heads > p.most_heads) p.most_heads = layer.heads;
+        layer.cache = {k, r.address(), kv_heads, s.capacity, p.head_dim};
+        if (heads > p.most_heads) p.most_heads = heads;
     }
     return p;
 }
