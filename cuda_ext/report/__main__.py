@@ -15,6 +15,7 @@ from cuda_ext.errors import CudaExtError
 from cuda_ext.host_build import HostBuildError
 from cuda_ext.packing import Shape, read_shape, unsupported
 from cuda_ext.report import counted, page
+from cuda_ext.report.counted import gpt2_shape
 from cuda_ext.report.gpus import GPUS, Gpu
 from cuda_ext.report.subjects import Subject, subjects
 
@@ -97,7 +98,7 @@ def _named_shape(text: str) -> Shape:
         raise CudaExtError(f"--shape is {text!r}; give 3 to 6 numbers, as in 12,768,10 or 12,768,10,64,3072,50257")
     layers, width, heads = numbers[:3]
     head_dim, inner, vocabulary = (numbers[3:] + [64, 4 * width, 50257][len(numbers) - 3 :])[:3]
-    return Shape(width, inner, vocabulary, 1024, head_dim, (heads,) * layers, 1e-5)
+    return gpt2_shape(width, inner, vocabulary, head_dim, (heads,) * layers)
 
 
 def _gpu(name: str) -> Gpu:

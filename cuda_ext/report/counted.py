@@ -3,9 +3,11 @@
 import json
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -185,25 +187,39 @@ def _engine(shape: Shape, batch: int, context: int) -> Engine:
     return engine
 
 
+def gpt2_shape(width: int, inner: int, vocabulary: int, head_dim: int, heads: tuple[int, ...]) -> Shape:
+    """Of a GPT-2, with so many heads left in each layer."""
+    return Shape(
+        width=width, inner=inner, vocabulary=vocabulary, context=1024, head_dim=head_dim, heads=heads,
+        groups=tuple((1,) * count for count in heads), windows=(0,) * len(heads), rotary=0, rope_base=1.0, epsilon=1e-5,
+        activation="gelu_new",
+    )  # fmt: skip
+
+
 def random_weights(shape: Shape) -> Packed:
     """As packing.pack lays them out, of small random numbers: kernels take as long as over trained ones."""
-    offsets, end = {}, 0
+    parts: dict[str, torch.Tensor] = {}
     for name, rows, columns in _tensors(shape):
-        offsets[name] = end
-        end += -(-rows * columns // 128) * 128
-    weights = torch.empty(end, dtype=torch.float16).normal_(std=0.02)
-    return Packed(replace(shape, inner=shape.ld_inner), weights, offsets)
+        parts[name] = torch.empty(rows * columns, dtype=torch.float16).normal_(std=0.02)
+    for layer, groups in enumerate(shape.groups):
+        readers = [group for group, size in enumerate(groups) for _ in range(size)]
+        parts[f"h.{layer}.attn.kv_head"] = torch.tensor(readers, dtype=torch.int32).view(torch.float16)
+    if shape.rotary:
+        parts["rotary.angles"] = torch.zeros(shape.context * shape.rotary).view(torch.float16)
+    padded = [torch.nn.functional.pad(part, (0, -part.numel() % 128)) for part in parts.values()]
+    ends = accumulate(part.numel() for part in padded)
+    offsets = {name: end - part.numel() for name, part, end in zip(parts, padded, ends, strict=True)}
+    return Packed(replace(shape, inner=shape.ld_inner), torch.cat(padded), offsets)
 
 
 def _tensors(shape: Shape) -> Iterator[tuple[str, int, int]]:
     """Name, rows and columns, padded as packing pads them."""
     width, inner = shape.ld_width, shape.ld_inner
     yield "wte.weight", shape.vocabulary, width
-    yield "wpe.weight", shape.context, width
+    yield "wpe.weight", shape.position_rows, width
     for layer, heads in enumerate(shape.heads):
-        all_heads = heads * shape.head_dim
         for module, rows, columns in (
-            ("attn.c_attn", 3 * all_heads, width), ("attn.c_proj", shape.width, all_heads),
+            ("attn.c_attn", shape.qkv_rows(layer), width), ("attn.c_proj", shape.width, heads * shape.head_dim),
             ("mlp.c_fc", inner, width), ("mlp.c_proj", shape.width, inner),
         ):  # fmt: skip
             yield f"h.{layer}.{module}.weight", rows, columns
@@ -216,10 +232,16 @@ def _tensors(shape: Shape) -> Iterator[tuple[str, int, int]]:
 
 
 def distinct(shape: Shape) -> Shape:
-    """With one layer for each count of heads: layers of the same count launch the same."""
-    return replace(shape, heads=tuple(sorted(set(shape.heads))))
+    """With one layer of each kind: layers of the same heads, groups and window launch the same."""
+    kinds = list(dict.fromkeys(_kinds(shape)))
+    heads, groups, windows = zip(*kinds, strict=True)
+    return replace(shape, heads=heads, groups=groups, windows=windows)
 
 
-def repeats(shape: Shape) -> Sequence[int]:
+def repeats(shape: Shape) -> list[int]:
     """How often each layer of `distinct` stands in the model."""
-    return [shape.heads.count(heads) for heads in distinct(shape).heads]
+    return list(Counter(_kinds(shape)).values())
+
+
+def _kinds(shape: Shape) -> list[tuple[int, tuple[int, ...], int]]:
+    return list(zip(shape.heads, shape.groups, shape.windows, strict=True))

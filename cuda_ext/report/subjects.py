@@ -1,6 +1,6 @@
 """The three subjects of a report on one GPU: a token by graph, a token by the persistent kernel, and a prefill."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from cuda_ext.errors import CudaExtError
@@ -98,7 +98,7 @@ def _together(operations: list[Operation]) -> Operation:
 
 
 def _subject(
-    name: str, gpu: Gpu, launches: list[Launch], operations: list[Operation], repeats: Sequence[int],
+    name: str, gpu: Gpu, launches: list[Launch], operations: list[Operation], repeats: list[int],
     by_name: dict[str, Resources], *, dependent: bool,
 ) -> Subject:  # fmt: skip
     if len(launches) != len(operations):

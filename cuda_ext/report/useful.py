@@ -30,10 +30,11 @@ class Operation:
 
 def decode(shape: Shape, batch: int, context: int) -> list[Operation]:
     """The launches of one token a sequence behind `context` others, in their order (csrc/model.cpp: decode)."""
+    fused = batch <= ops.MATVEC_ROWS
     found = [_embedding(shape, batch, 1)]
-    for layer, heads in enumerate(shape.heads):
-        found += _layer(shape, layer, heads, batch, 1, context, fused=batch <= ops.MATVEC_ROWS)
-    found += _head(shape, batch, fused=batch <= ops.MATVEC_ROWS)
+    for layer in range(len(shape.heads)):
+        found += _layer(shape, layer, batch, 1, context, fused=fused)
+    found += _head(shape, batch, fused=fused)
     logits = _FLOAT * batch * shape.vocabulary
     return [*found, Operation("draw", None, 0, logits, 0), Operation("next token's state", None, 0, 48 * batch, 0)]
 
@@ -41,14 +42,16 @@ def decode(shape: Shape, batch: int, context: int) -> list[Operation]:
 def prefill(shape: Shape, batch: int, length: int) -> list[Operation]:
     """The launches of `length` new tokens a sequence (csrc/model.cpp: prefill)."""
     found = [_embedding(shape, batch, length)]
-    for layer, heads in enumerate(shape.heads):
-        found += _layer(shape, layer, heads, batch, length, 0, fused=False)
+    for layer in range(len(shape.heads)):
+        found += _layer(shape, layer, batch, length, 0, fused=False)
     return [*found, *_head(shape, batch, fused=False)]
 
 
 def _embedding(shape: Shape, batch: int, length: int) -> Operation:
+    """With the positions: rows of the table, or the angles by which later launches turn queries and keys."""
     rows, width = batch * length, shape.width
-    return Operation("embedding", None, _HALF * width * length, (_HALF + _FLOAT) * width * rows, 0)
+    positions = _FLOAT * shape.rotary if shape.rotary else _HALF * width
+    return Operation("embedding", None, positions * length, (_HALF + _FLOAT) * width * rows, 0)
 
 
 def _norm(shape: Shape, layer: int | None, rows: int) -> Operation:
@@ -62,45 +65,43 @@ def _product(
     return Operation(name, layer, weights, rows * (_HALF * k + out_bytes * n), 2 * rows * n * k)
 
 
-def _with_norm(product: Operation, shape: Shape, rows: int) -> list[Operation]:
-    """Its LayerNorm within it: the residual stream is read as FP32."""
-    more = (_FLOAT - _HALF) * shape.width * rows
-    return [
-        Operation(
-            f"LayerNorm, {product.name}", product.layer, product.fixed + 2 * _HALF * shape.width,
-            product.activations + more, product.operations,
-        )
-    ]  # fmt: skip
-
-
-def _attention(shape: Shape, layer: int, heads: int, batch: int, length: int, past: int) -> Operation:
-    width = heads * shape.head_dim
-    pairs = batch * (length * past + length * (length + 1) // 2)  # of a query and a key that it sees
-    return Operation(
-        "attention", layer, 2 * _HALF * batch * past * width, (2 + 2 * (length > 1)) * _HALF * batch * length * width,
-        2 * 2 * width * pairs,
-    )  # fmt: skip
-
-
-def _layer(
-    shape: Shape, layer: int, heads: int, batch: int, length: int, past: int, *, fused: bool
-) -> Iterator[Operation]:
-    rows, all_heads, width, inner = batch * length, heads * shape.head_dim, shape.width, shape.inner
-    qkv = _product("q, k, v", layer, rows, 3 * all_heads, width, _HALF)
-    fc = _product("fc, GELU", layer, rows, inner, width, _HALF)
-
-    def normalised(product: Operation) -> list[Operation]:
-        return _with_norm(product, shape, rows) if fused else [_norm(shape, layer, rows), product]
-
-    yield from normalised(qkv)
+def _normalised(product: Operation, shape: Shape, rows: int, *, fused: bool) -> list[Operation]:
+    """The product behind its LayerNorm: a launch of its own, or within it, which reads the residual stream as FP32."""
+    norm = _norm(shape, product.layer, rows)
     if not fused:
-        yield Operation("KV append", layer, 0, 2 * 2 * _HALF * rows * all_heads, 0)
-    yield _attention(shape, layer, heads, batch, length, past)
-    yield _product("output projection, residual", layer, rows, width, all_heads, 2 * _FLOAT)
-    yield from normalised(fc)
+        return [norm, product]
+    activations = product.activations + (_FLOAT - _HALF) * shape.width * rows
+    fixed = product.fixed + norm.fixed
+    return [Operation(f"LayerNorm, {product.name}", product.layer, fixed, activations, product.operations)]
+
+
+def _attention(shape: Shape, layer: int, batch: int, length: int, past: int) -> Operation:
+    queries, kv = shape.heads[layer] * shape.head_dim, shape.kv_heads[layer] * shape.head_dim
+    window = shape.windows[layer] or past + length
+    if length == 1:
+        fixed = 2 * _HALF * batch * min(past, window) * kv
+        return Operation(
+            "attention", layer, fixed, 2 * _HALF * batch * queries, 4 * batch * queries * min(past + 1, window)
+        )
+    hidden = max(0, length - window)  # queries whose first keys are before the window
+    pairs = length * (length + 1) // 2 - hidden * (hidden + 1) // 2  # of a query and a key that it sees
+    activations = _HALF * batch * length * 2 * (queries + kv)
+    return Operation("attention", layer, 0, activations, 4 * batch * queries * pairs)
+
+
+def _layer(shape: Shape, layer: int, batch: int, length: int, past: int, *, fused: bool) -> Iterator[Operation]:
+    rows, width, inner = batch * length, shape.width, shape.inner
+    qkv = _product("q, k, v", layer, rows, shape.qkv_rows(layer), width, _HALF)
+    yield from _normalised(qkv, shape, rows, fused=fused)
+    if not fused:
+        yield Operation("KV append", layer, 0, 2 * 2 * _HALF * rows * shape.kv_heads[layer] * shape.head_dim, 0)
+    yield _attention(shape, layer, batch, length, past)
+    queries = shape.heads[layer] * shape.head_dim
+    yield _product("output projection, residual", layer, rows, width, queries, 2 * _FLOAT)
+    yield from _normalised(_product("fc, GELU", layer, rows, inner, width, _HALF), shape, rows, fused=fused)
     yield _product("fc projection, residual", layer, rows, width, inner, 2 * _FLOAT)
 
 
 def _head(shape: Shape, batch: int, *, fused: bool) -> list[Operation]:
     product = _product("LM head", None, batch, shape.vocabulary, shape.width, _FLOAT, bias=False)
-    return _with_norm(product, shape, batch) if fused else [_norm(shape, None, batch), product]
+    return _normalised(product, shape, batch, fused=fused)

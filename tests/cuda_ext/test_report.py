@@ -9,20 +9,25 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import roofline
 from cuda_ext import build, ptx_build
-from cuda_ext.packing import Shape
+from cuda_ext.packing import Shape, cache_elements, table
 from cuda_ext.report import compiled, counted, page, subjects, useful
 from cuda_ext.report.__main__ import main
 from cuda_ext.report.compiled import Resources
-from cuda_ext.report.counted import Chain, Launch
+from cuda_ext.report.counted import Chain, Launch, gpt2_shape
 from cuda_ext.report.estimate import estimate
 from cuda_ext.report.gpus import GPUS
 from cuda_ext.report.occupancy import ADA, AMPERE, HOPPER, TURING, Limits, occupancy
 from pipeline.model import CompactGPT2Config
 
-TINY = Shape(128, 512, 1000, 1024, 64, (2, 1, 2), 1e-5)
+TINY = gpt2_shape(128, 512, 1000, 64, (2, 1, 2))
+GPT2 = gpt2_shape(768, 3072, 50257, 64, (10,) * 12)
+VARIANT = replace(
+    gpt2_shape(256, 1024, 1000, 64, (4, 3)), groups=((2, 2), (1, 2)), windows=(64, 0), rotary=32, rope_base=10000.0
+)
 
 
 # ---- occupancy ----
@@ -112,19 +117,35 @@ def _config(shape: Shape) -> CompactGPT2Config:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("shape", [TINY, Shape(768, 3072, 50257, 1024, 64, (10,) * 12, 1e-5)])
+VARIANT_CONFIG = CompactGPT2Config(
+    vocab_size=1000, n_positions=1024, n_embd=256, n_head=4, n_layer=2, n_inner=1024, head_dim=64, n_kv_head=2,
+    kept_heads=[[0, 1, 2, 3], [1, 2, 3]], window=[64, None], position="rope", rope_share=0.5, rope_base=10000.0,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("shape", "config"), [(TINY, _config(TINY)), (GPT2, _config(GPT2)), (VARIANT, VARIANT_CONFIG)])
 @pytest.mark.parametrize("batch", [1, 8, 9])
-def test_useful_work_is_the_rooflines(shape: Shape, batch: int) -> None:
-    config = _config(shape)
+def test_useful_work_is_the_rooflines(shape: Shape, config: CompactGPT2Config, batch: int) -> None:
     token = useful.decode(shape, batch, 500)
     assert sum(operation.fixed for operation in token) == roofline.bytes_per_token(config, batch, 500)
     work = sum(operation.operations for operation in useful.prefill(shape, batch, 500))
     assert work == roofline.prefill_operations(config, batch, 500)
 
 
-def test_one_layer_stands_for_all_of_its_heads() -> None:
-    assert counted.distinct(TINY).heads == (1, 2)
-    assert counted.repeats(TINY) == [1, 2]
+def test_one_layer_stands_for_all_of_its_kind() -> None:
+    assert counted.distinct(TINY).heads == (2, 1)
+    assert counted.repeats(TINY) == [2, 1]
+    assert counted.distinct(VARIANT).windows == (64, 0)
+
+
+@pytest.mark.parametrize("shape", [TINY, VARIANT])
+def test_random_weights_are_laid_out_as_a_checkpoints(shape: Shape) -> None:
+    packed = counted.random_weights(shape)
+    made = table(packed, packed.weights, torch.zeros(cache_elements(shape, 1, 8)), 1, 8)
+    assert len(made) > 0
+    begins = sorted(packed.offsets.values())
+    assert all(begin % 128 == 0 for begin in begins) and begins[-1] < packed.weights.numel()
+    assert packed.weights.isfinite().all()
 
 
 # ---- estimates and the page, of made-up counts ----
@@ -259,7 +280,7 @@ def test_a_small_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     data = json.loads((tmp_path / "kernel-report.json").read_text(encoding="utf-8"))
     graph, persistent, prefill = data["subjects"]
     assert graph["launches"] == 1 + 5 * 3 + 3 and prefill["launches"] == 1 + 8 * 3 + 2 and persistent["launches"] == 1
-    useful_bytes = roofline.bytes_per_token(_config(Shape(128, 512, 1000, 1024, 64, (2, 2, 2), 1e-5)), 1, 80)
+    useful_bytes = roofline.bytes_per_token(_config(gpt2_shape(128, 512, 1000, 64, (2, 2, 2))), 1, 80)
     for subject in (graph, persistent):
         assert useful_bytes < subject["bytes_from_dram"] < 1.1 * useful_bytes
     spilled = [row["resources"]["spilled_bytes"] for subject in data["subjects"] for row in subject["rows"]]
@@ -270,7 +291,7 @@ def test_a_small_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
 def test_gpt2s_size() -> None:
     """At 124M without two heads of twelve a token's bytes from DRAM are the roofline's to a thousandth."""
     _needs_nvcc()
-    shape, h100 = Shape(768, 3072, 50257, 1024, 64, (10,) * 12, 1e-5), GPUS[0]
+    shape, h100 = GPT2, GPUS[0]
     graph, persistent, _ = subjects.subjects(shape, 1, 512, h100, lambda _: None)
     useful_bytes = roofline.bytes_per_token(_config(shape), 1, 512)
     for subject in (graph, persistent):
