@@ -123,7 +123,7 @@ struct Access {
 // Who counts what profilers count. Null: nobody listens.
 struct Observer {
     virtual ~Observer() = default;
-    virtual void executes(Warp&, const Instruction&, Lanes) = 0;           // each instruction, before it does anything
+    virtual void executes(Warp&, const Instruction&, Lanes) = 0;          // each instruction, before it does anything
     virtual void accesses(Warp&, const Instruction&, const Access&) = 0;  // then what it touches
 };
 extern Observer* observer;

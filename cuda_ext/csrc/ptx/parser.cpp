@@ -216,9 +216,7 @@ class Assembler {
             callers_.erase(here);
         }
         Location caller = here;  // the frame nearest to it that is no wrapper; frames come before what they call
-        for (auto it = callers_.find(caller); it != callers_.end() && is_wrapper(caller[0]); it = callers_.find(caller)) {
-            caller = it->second;
-        }
+        while (is_wrapper(caller[0]) && callers_.count(caller) != 0) caller = callers_.at(caller);
         caller_file_ = caller[0], caller_line_ = caller[1];
         at = end;
         ++line_;

@@ -1,18 +1,17 @@
 // Counts what a profiler would, for each launch: instructions by kind, sectors, bank conflicts, bytes, and the longest
 // chain of waits.
 //
-// The chain is that of an idle multiprocessor and a compiler that orders as well as it may within a basic block: there an
-// instruction issues when its operands are ready, and the next basic block begins when all of this one have issued. So a
-// load behind a branch waits for what was used before the branch, whether or not it needs it. Barriers join the warps of
-// a block, acquire and release those of a grid. ptxas may do worse (it sinks loads to save registers), and warps that
-// share a scheduler do not slow each other here: both are for a GPU to tell.
+// The chain is that of an idle multiprocessor and a compiler that orders as well as it may within a basic block: there
+// an instruction issues when its operands are ready, and the next basic block begins when all of this one have issued.
+// So a load behind a branch waits for what was used before the branch, whether or not it needs it. Barriers join the
+// warps of a block, acquire and release those of a grid. ptxas may do worse (it sinks loads to save registers), and
+// warps that share a scheduler do not slow each other here: both are for a GPU to tell.
 #include <algorithm>
 #include <array>
 #include <bit>
 #include <cstring>
 #include <deque>
 #include <fstream>
-#include <unordered_set>
 
 #include "api.h"
 #include "costs.h"
@@ -25,7 +24,7 @@ namespace {
 constexpr uint32_t kSector = 32, kBank = 4, kBanks = 32;
 constexpr uint32_t kBarrierCycles = 20;
 constexpr size_t kMostPredicated = 10;  // instructions
-constexpr size_t kMostSpin = 8;  // instructions of a loop that does nothing but poll
+constexpr size_t kMostSpin = 8;         // instructions of a loop that does nothing but poll
 
 // ---- one instruction's addresses ----
 
@@ -37,9 +36,8 @@ struct Sectors {
 
 Sectors sectors_of(const Access& access) {
     std::vector<std::pair<uint64_t, uint64_t>> ranges;
-    for_lanes(access.lanes, [&](int lane) {
-        ranges.emplace_back(access.addresses[lane], access.addresses[lane] + access.bytes);
-    });
+    for_lanes(access.lanes,
+              [&](int lane) { ranges.emplace_back(access.addresses[lane], access.addresses[lane] + access.bytes); });
     std::sort(ranges.begin(), ranges.end());
     Sectors found;
     uint64_t bytes = 0, covered = 0;
@@ -55,7 +53,8 @@ Sectors sectors_of(const Access& access) {
     return found;
 }
 
-// Shared memory serves a warp at once up to 4 bytes a lane, half of it at 8, a quarter at 16; and of each bank one word.
+// Shared memory serves a warp at once up to 4 bytes a lane, half of it at 8, a quarter at 16; and of each bank one
+// word.
 struct Wavefronts {
     uint32_t needed = 0, taken = 0;
 };
@@ -69,7 +68,8 @@ Wavefronts wavefronts_of(const Access& access) {
         for (int lane = first; lane < first + together; ++lane) {
             if ((access.lanes >> lane & 1) == 0) continue;
             any = true;
-            for (uint64_t at = access.addresses[lane] / kBank; at <= (access.addresses[lane] + access.bytes - 1) / kBank; ++at) {
+            for (uint64_t at = access.addresses[lane] / kBank;
+                 at <= (access.addresses[lane] + access.bytes - 1) / kBank; ++at) {
                 std::vector<uint64_t>& of_bank = words[at % kBanks];
                 if (std::find(of_bank.begin(), of_bank.end(), at) == of_bank.end()) of_bank.push_back(at);
             }
@@ -94,10 +94,6 @@ class SectorSet {
         word |= bit;
         count_ += fresh;
         return fresh;
-    }
-    bool has(uint64_t sector) const {
-        const auto word = words_.find(sector / 64);
-        return word != words_.end() && (word->second >> sector % 64 & 1) != 0;
     }
     void clear() { words_.clear(), count_ = 0; }
     uint64_t bytes() const { return count_ * kSector; }
@@ -138,7 +134,9 @@ struct Path {
     }
 };
 
-const Path& later(const Path& a, const Path& b) { return a.cycles < b.cycles ? b : a; }
+const Path& later(const Path& a, const Path& b) {
+    return a.cycles < b.cycles ? b : a;
+}
 
 // An instruction's registers, by number in its kernel.
 struct Operands {
@@ -159,12 +157,14 @@ std::vector<Operands> operands_of(const Kernel& kernel, uint32_t& registers) {
     for (const Instruction& i : kernel.code) {
         Operands o{cost_of(i), {}, {}, false};
         const auto add = [&](std::vector<uint32_t>& to, uint32_t place) {
-            if (place != kNone) to.push_back(numbers.try_emplace(place, static_cast<uint32_t>(numbers.size())).first->second);
+            if (place != kNone)
+                to.push_back(numbers.try_emplace(place, static_cast<uint32_t>(numbers.size())).first->second);
         };
         for (const uint32_t place : {i.guard, i.a, i.b, i.c, i.lanes_named}) add(o.read, place);
         for (const uint32_t place : {i.to, i.to_predicate}) add(o.written, place);
         const bool is_mma = o.cost.kind == Kind::kTensor, loads = i.opcode.compare(0, 2, "ld") == 0;
-        const bool stores = i.opcode.compare(0, 2, "st") == 0, unpacks = i.opcode.compare(0, 3, "mov") == 0 && i.to == kNone;
+        const bool stores = i.opcode.compare(0, 2, "st") == 0,
+                   unpacks = i.opcode.compare(0, 3, "mov") == 0 && i.to == kNone;
         const int count = is_mma ? 4 + i.number / 4 + i.number / 8 : unpacks ? 2 : loads || stores ? i.elements : 0;
         for (int n = 0; n < count; ++n) {
             if (stores || is_mma) add(o.read, i.vector[n]);
@@ -186,17 +186,17 @@ std::vector<Operands> operands_of(const Kernel& kernel, uint32_t& registers) {
 // ---- what is kept of warps, blocks and launches while they run ----
 
 struct WarpState {
-    Path begun;  // when its basic block began
-    Path last;   // when the last of its instructions has issued
+    Path begun;                                   // when its basic block began
+    Path last;                                    // when the last of its instructions has issued
     const Instruction* waited_longest = nullptr;  // what `last` waited for
     uint32_t slots = 0;                           // issued since the block began
-    std::vector<Path> ready;  // when registers can be read
+    std::vector<Path> ready;                      // when registers can be read
     std::vector<const Instruction*> producer;
     std::deque<Path> groups;  // of cp.async: when they arrive
     Path open_group;
     const Instruction* barrier = nullptr;  // of the block, that it has come to
     uint32_t barrier_epoch = 0;
-    Path wait;                    // griddepcontrol.wait
+    Path wait;  // griddepcontrol.wait
     const Instruction* poll = nullptr;
     std::vector<const Instruction*> since_poll;  // counted; a poll again takes them back
     Path before_poll;
@@ -216,16 +216,16 @@ struct Memories {
 };
 
 struct Launch {
-    const Grid* grid;
     const Kernel* kernel;
     uint32_t size[3], block_size[3], shared_bytes, blocks;
     bool cooperative, dependent;
     const std::vector<Operands>* operands;
     uint32_t registers;
     std::vector<uint64_t> executions, stalls;  // by instruction; stalls in cycles
-    std::map<std::pair<const Instruction*, bool>, Memories> memories;  // by instruction, and whether it was shared memory
+    std::map<std::pair<const Instruction*, bool>, Memories>
+        memories;  // by instruction, and whether it was shared memory
     SectorSet read, written, cold;
-    uint64_t l2_sectors = 0;  // that L1 does not have, each as often as it is asked for
+    uint64_t l2_sectors = 0;                         // that L1 does not have, each as often as it is asked for
     std::map<uint64_t, std::vector<Path>> arrivals;  // by address, of red.release
     Path end, end_after_wait;
     std::unordered_map<const Block*, BlockState> running;
@@ -271,7 +271,7 @@ void Profile::enter(Warp& w) {
         Launch& l = *launch_;
         auto [operands, unknown] = operands_.try_emplace(w.kernel);
         if (unknown) operands->second.first = operands_of(*w.kernel, operands->second.second);
-        l.grid = &grid, l.kernel = w.kernel, l.operands = &operands->second.first, l.registers = operands->second.second;
+        l.kernel = w.kernel, l.operands = &operands->second.first, l.registers = operands->second.second;
         std::copy_n(grid.size, 3, l.size), std::copy_n(grid.block_size, 3, l.block_size);
         l.shared_bytes = grid.shared_bytes, l.blocks = grid.blocks;
         l.cooperative = grid.cooperative, l.dependent = grid.dependent;
@@ -358,7 +358,8 @@ void Profile::synchronise(Warp& w, const Instruction& i) {
         Path& last = block_->barriers[w.block->epoch];
         last = later(last, s.last);
         s.barrier = &i, s.barrier_epoch = w.block->epoch;
-        if (w.block->epoch > 1) block_->barriers.erase(block_->barriers.begin(), block_->barriers.lower_bound(w.block->epoch - 1));
+        if (w.block->epoch > 1)
+            block_->barriers.erase(block_->barriers.begin(), block_->barriers.lower_bound(w.block->epoch - 1));
     } else if (i.role == Role::kLaunchWait) {
         s.wait = s.last;
     } else if (i.opcode == "cp.async.commit_group") {
@@ -388,8 +389,8 @@ void Profile::end_warp(Warp& w) {
 
 // The farthest of what a load asks for. What nobody has touched since the profile began comes from DRAM.
 Memory Profile::where(const Instruction& i, const Access& access, const std::vector<uint64_t>& sectors) {
-    const bool cached = !i.past_l1 && !i.acquire && access.bytes <= 16 && i.opcode.find("no_allocate") == std::string::npos &&
-                        i.opcode.compare(0, 2, "ld") == 0;
+    const bool cached = !i.past_l1 && !i.acquire && access.bytes <= 16 &&
+                        i.opcode.find("no_allocate") == std::string::npos && i.opcode.compare(0, 2, "ld") == 0;
     Memory farthest = Memory::kL1;
     for (const uint64_t sector : sectors) {
         if (touched_.add(sector)) {
@@ -460,8 +461,8 @@ void Profile::accesses(Warp& w, const Instruction& i, const Access& access) {
 // ---- the report ----
 
 void write_path(std::ostream& out, const char* name, const Path& p) {
-    out << ", \"" << name << R"(": {"cycles": )" << p.cycles << R"(, "dram": )" << p.waits[0] << R"(, "l2": )" << p.waits[1]
-        << R"(, "l1": )" << p.waits[2] << R"(, "barriers": )" << p.barriers << "}";
+    out << ", \"" << name << R"(": {"cycles": )" << p.cycles << R"(, "dram": )" << p.waits[0] << R"(, "l2": )"
+        << p.waits[1] << R"(, "l1": )" << p.waits[2] << R"(, "barriers": )" << p.barriers << "}";
 }
 
 void write_numbers(std::ostream& out, const char* name, const uint32_t (&numbers)[3]) {
@@ -489,9 +490,10 @@ void write_launch(std::ostream& out, const Launch& l) {
     }
     out << R"(}, "memory": [)", comma = "";
     for (const auto& [key, m] : l.memories) {
-        out << comma << R"({"place": ")" << l.kernel->caller(*key.first) << R"(", "line": )" << key.first->line << R"(, "opcode": ")"
-            << key.first->opcode << R"(", "shared": )" << m.shared << R"(, "write": )" << m.is_write << R"(, "executions": )"
-            << m.executions << R"(, "lanes": )" << m.lanes << R"(, "asked": )" << m.asked << R"(, "needed": )" << m.needed << "}";
+        out << comma << R"({"place": ")" << l.kernel->caller(*key.first) << R"(", "line": )" << key.first->line
+            << R"(, "opcode": ")" << key.first->opcode << R"(", "shared": )" << m.shared << R"(, "write": )"
+            << m.is_write << R"(, "executions": )" << m.executions << R"(, "lanes": )" << m.lanes << R"(, "asked": )"
+            << m.asked << R"(, "needed": )" << m.needed << "}";
         comma = ", ";
     }
     out << R"(], "stalls": [)", comma = "";
