@@ -8,7 +8,7 @@ PEERS  := .venv-peers
 NO_AMX := $(if $(filter 1 2 3 4 5 6 7 8 9 10 11 12,$(shell gcc -dumpversion | cut -d. -f1)),-mno-amx-tile -mno-amx-int8 -mno-amx-bf16)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-ptx full-size lint format cuda cuda-check gpu bench-cpu notebook tensorboard clean
+.PHONY: help demo test test-thorough test-slow test-ptx full-size lint format cuda cuda-check gpu bench-cpu notebook tensorboard clean
 
 help:  ## what there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -27,6 +27,9 @@ demo: $(VENV)/.ready  ## the whole chain on the embedded model: no network, no G
 
 test: $(VENV)/.ready-dev  ## the test suite (under 10 minutes on 2 cores)
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+
+test-thorough: $(VENV)/.ready-dev  ## what rarely breaks: the notebook, and faults put into kernels
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m thorough
 
 test-slow: $(VENV)/.ready-dev  ## the proofs that take minutes, full-size among them
 	$(BIN)/python -m pytest -q -m slow

@@ -61,6 +61,7 @@ def _assert_ran(notebook: NotebookNode) -> None:
     assert any("transformer.h.0.attn" in title for title in titles)
 
 
+@pytest.mark.thorough
 class TestProject:
     """The notebook itself, on the embedded model and text, with as little work as shows everything.
 

@@ -15,6 +15,7 @@ import pytest
 from cuda_ext import host_build
 
 HERE = Path(__file__).parent
+pytestmark = pytest.mark.thorough
 
 
 @dataclass(frozen=True)
