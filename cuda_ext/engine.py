@@ -15,7 +15,7 @@ from cuda_ext.persistent import Persistent
 from cuda_ext.products import Choice, bucket, choose
 from cuda_ext.tuning import Tuner
 
-_CHUNK_ROWS = 2048  # tokens that one prefill launch works on: bounds the workspace
+CHUNK_ROWS = 2048  # tokens that one prefill launch works on: bounds the workspace
 _LOOK_EVERY = 8  # steps between looks at whether every sequence has ended
 _KEYS_PER_SPLIT = 64
 _KEPT_GRAPHS = 16
@@ -83,7 +83,7 @@ class Engine:
         self._choices: list[Choice] = []
         self._chosen: set[tuple[int, int]] = set()
         self.table = self._make_table()
-        self._chunk = max(1, min(capacity, _CHUNK_ROWS // max_batch))
+        self._chunk = max(1, min(capacity, CHUNK_ROWS // max_batch))
         size = ops.workspace_bytes(self.table, max_batch, self._chunk, self.device.type)
         self.workspace = torch.empty(size, dtype=torch.uint8, device=self.device)
         self._counters = self._ints(ops.counters(self.table, max_batch, self.device.type))

@@ -30,7 +30,7 @@ it: a kernel far over its floor that is bound by its "chain" waits: look at the 
 is bound by "issue" computes: look at its mix of instructions. "Sectors asked/needed" over 1 is bad coalescing.
 
 examples:
-  python -m cuda_ext.report --out runs/report                      GPT-2 124M, two of twelve heads pruned: 5 minutes
+  python -m cuda_ext.report --out runs/report                      GPT-2 124M with ten of twelve heads: 4 to 10 minutes
   python -m cuda_ext.report --shape 2,256,4 --context 64           a small one: 1 minute once nvcc has compiled
   python -m cuda_ext.report --model runs/mine/finetune/model_fp16 --gpu T4 --batch 8
 """

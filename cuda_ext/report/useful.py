@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from cuda_ext import ops
+from cuda_ext.engine import CHUNK_ROWS
 from cuda_ext.packing import Shape
 
 _HALF, _FLOAT = 2, 4
@@ -40,10 +41,14 @@ def decode(shape: Shape, batch: int, context: int) -> list[Operation]:
 
 
 def prefill(shape: Shape, batch: int, length: int) -> list[Operation]:
-    """The launches of `length` new tokens a sequence (csrc/model.cpp: prefill)."""
-    found = [_embedding(shape, batch, length)]
-    for layer in range(len(shape.heads)):
-        found += _layer(shape, layer, batch, length, 0, fused=False)
+    """The launches of `length` new tokens a sequence, in the engine's chunks (csrc/model.cpp: prefill)."""
+    found = []
+    chunk = max(1, CHUNK_ROWS // batch)
+    for begin in range(0, length, chunk):
+        count = min(chunk, length - begin)
+        found.append(_embedding(shape, batch, count))
+        for layer in range(len(shape.heads)):
+            found += _layer(shape, layer, batch, count, begin, fused=False)
     return [*found, *_head(shape, batch, fused=False)]
 
 
@@ -78,15 +83,17 @@ def _normalised(product: Operation, shape: Shape, rows: int, *, fused: bool) -> 
 def _attention(shape: Shape, layer: int, batch: int, length: int, past: int) -> Operation:
     queries, kv = shape.heads[layer] * shape.head_dim, shape.kv_heads[layer] * shape.head_dim
     window = shape.windows[layer] or past + length
-    if length == 1:
-        fixed = 2 * _HALF * batch * min(past, window) * kv
-        return Operation(
-            "attention", layer, fixed, 2 * _HALF * batch * queries, 4 * batch * queries * min(past + 1, window)
-        )
-    hidden = max(0, length - window)  # queries whose first keys are before the window
-    pairs = length * (length + 1) // 2 - hidden * (hidden + 1) // 2  # of a query and a key that it sees
-    activations = _HALF * batch * length * 2 * (queries + kv)
-    return Operation("attention", layer, 0, activations, 4 * batch * queries * pairs)
+
+    def pairs(count: int) -> int:
+        """Of each of the first queries and a key that it sees; some see only keys from their window's begin on."""
+        hidden = max(0, count - window)
+        return count * (count + 1) // 2 - hidden * (hidden + 1) // 2
+
+    fixed = 2 * _HALF * batch * min(past, window) * kv
+    fresh = kv if length > 1 else 0  # a single query's own key and value are not worth counting
+    activations = _HALF * batch * length * 2 * (queries + fresh)
+    work = 4 * batch * queries * (pairs(past + length) - pairs(past))
+    return Operation("attention", layer, fixed, activations, work)
 
 
 def _layer(shape: Shape, layer: int, batch: int, length: int, past: int, *, fused: bool) -> Iterator[Operation]:

@@ -132,6 +132,12 @@ def test_useful_work_is_the_rooflines(shape: Shape, config: CompactGPT2Config, b
     assert work == roofline.prefill_operations(config, batch, 500)
 
 
+def test_a_long_prefill_goes_in_chunks() -> None:
+    launches = useful.prefill(GPT2, 5, 1000)  # 2,048 rows at once: 409 tokens of each sequence
+    assert len(launches) == 3 * (1 + 8 * 12) + 2
+    assert sum(launch.operations for launch in launches) == roofline.prefill_operations(_config(GPT2), 5, 1000)
+
+
 def test_one_layer_stands_for_all_of_its_kind() -> None:
     assert counted.distinct(TINY).heads == (2, 1)
     assert counted.repeats(TINY) == [2, 1]
