@@ -2,7 +2,8 @@
 
 One list of sources, one list of flags. The library has a plain C surface (csrc/api.h), so it depends on no
 version of torch or Python: only on its sources, the compiler and the architectures, which name its place in
-the cache. A library that was installed with the package is taken where it was built from the same sources, for
+the cache. It holds machine code for these architectures and PTX of the newest, from which the driver compiles for
+newer GPUs. A library that was installed with the package is taken where it was built from the same sources and runs on
 the GPUs that are here. `--check` compiles every kernel for every supported architecture without a GPU, and fails where
 registers spill to memory.
 """
@@ -18,10 +19,12 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
+from cuda_ext import folders
 from cuda_ext.errors import CudaExtError
 
 CSRC = Path(__file__).parent / "csrc"
@@ -36,6 +39,9 @@ INSTALLED = ("75", "80", "86", "89", "90a", "100", "120")  # by pip, unless the 
 LIBRARY = "libheadroom_cuda.so"
 ARCHITECTURES = "HEADROOM_CUDA_ARCHS"
 _SHIPPED = "compiled"
+_CUBLASLT = "cublaslt.cpp"
+_FIRST_NVCC = {90: (12, 4), 100: (12, 8), 103: (12, 9), 120: (12, 8), 110: (13, 0), 121: (12, 9)}
+"""Of nvcc, the first version that compiles for an architecture; older ones are as old as the engine's own demands."""
 
 
 def library() -> Path:
@@ -45,10 +51,11 @@ def library() -> Path:
     if shipped is not None:
         return shipped
     nvcc = find_nvcc()
-    folder = cache_folder() / key(architectures, _version(nvcc))
-    path = folder / LIBRARY
-    if path.exists():
-        return path
+    name = key(architectures, f"{_version(nvcc)} {_cublaslt_version()}")
+    for folder in (folders.user_folder("cuda") / name, cache_folder() / name):  # the first may be read-only
+        path = folder / LIBRARY
+        if path.exists():
+            return path
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # the system lets go of it when its holder dies
@@ -63,7 +70,7 @@ def install(folder: Path) -> None:
     place = folder / _SHIPPED
     place.mkdir(parents=True, exist_ok=True)
     _compile(find_nvcc(), architectures, place, place / LIBRARY)
-    told = {"sources": key(architectures, ""), "architectures": architectures}
+    told = {"sources": key(architectures, ""), "architectures": architectures, "ptx": _newest(architectures)}
     (place / "build.json").write_text(json.dumps(told), encoding="utf-8")
 
 
@@ -73,8 +80,31 @@ def _installed(architectures: Sequence[str]) -> Path | None:
         told = json.loads((place / "build.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    same = told["sources"] == key(told["architectures"], "")
-    return place / LIBRARY if same and set(architectures) <= set(told["architectures"]) else None
+    same = told.get("sources") == key(told.get("architectures", ()), "")
+    runs = all(runs_on(told["architectures"], told.get("ptx"), wanted) for wanted in architectures) if same else False
+    return place / LIBRARY if runs else None
+
+
+def runs_on(architectures: Sequence[str], ptx: int | None, wanted: str) -> bool:
+    """Whether code for `architectures`, and PTX of `ptx` if there is some, runs on a GPU of architecture `wanted`.
+
+    Machine code runs on its own generation, from its own minor number on; that for "90a" on 9.0 alone. PTX runs on
+    all that is newer (CUDA C++ Programming Guide, "Binary Compatibility", "PTX Compatibility").
+    """
+    gpu = _number(wanted)
+    exact = any(_number(name) == gpu for name in architectures)
+    same_generation = any(
+        not name.endswith("a") and _number(name) // 10 == gpu // 10 and _number(name) <= gpu for name in architectures
+    )
+    return exact or same_generation or (ptx is not None and ptx <= gpu)
+
+
+def _number(architecture: str) -> int:
+    return int(architecture.rstrip("af"))
+
+
+def _newest(architectures: Sequence[str]) -> int:
+    return max(map(_number, architectures))
 
 
 def wanted_architectures() -> tuple[str, ...]:
@@ -103,19 +133,17 @@ def find_nvcc() -> str:
         path = shutil.which(candidate)
         if path:
             return path
-    raise CudaExtError("nvcc was not found; install the CUDA toolkit (12.4 or later) or set CUDA_HOME")
+    raise CudaExtError(
+        "nvcc was not found; install the CUDA toolkit (12.4 or later; 12.8 for Blackwell) or set CUDA_HOME"
+    )
 
 
 def cache_folder() -> Path:
-    """Below $XDG_CACHE_HOME or ~/.cache; the temporary folder where that cannot be written."""
-    base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    folder = base / "headroom" / "cuda"
+    """Where builds and choices are kept: folders.cache_folder. Raises CudaExtError."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        folder = Path(tempfile.gettempdir()) / f"headroom-cuda-{os.getuid()}"
-        folder.mkdir(exist_ok=True)
-    return folder
+        return folders.cache_folder("cuda")
+    except OSError as error:
+        raise CudaExtError(f"there is no place for compiled kernels: {error}") from error
 
 
 def key(architectures: Sequence[str], compiler: str) -> str:
@@ -134,13 +162,19 @@ def check(nvcc: str, architectures: Sequence[str]) -> list[str]:
     Prints a line for each file and architecture: the most registers of its kernels, and its spills.
     """
     bad = []
-    with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(os.cpu_count()) as pool:
+    _check_version(nvcc, architectures)
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        _cublaslt(nvcc) as with_cublaslt,
+        ThreadPoolExecutor(os.cpu_count()) as pool,
+    ):
         jobs = [(source, arch) for source in SOURCES for arch in architectures]
 
         def compile_one(job: tuple[str, str]) -> str:
             source, arch = job
             target = Path(scratch) / f"{Path(source).stem}-{arch}.o"
-            return _run([nvcc, *FLAGS, *_targets([arch]), "-Xptxas", "-v", "-c", source, "-o", str(target)])
+            more = with_cublaslt if source == _CUBLASLT else []
+            return _run([nvcc, *FLAGS, *more, *_targets([arch]), "-Xptxas", "-v", "-c", source, "-o", str(target)])
 
         for (source, arch), output in zip(jobs, pool.map(compile_one, jobs), strict=True):
             registers = [int(number) for number in re.findall(r"Used (\d+) registers", output)]
@@ -154,14 +188,17 @@ def check(nvcc: str, architectures: Sequence[str]) -> list[str]:
 
 
 def _compile(nvcc: str, architectures: Sequence[str], folder: Path, path: Path) -> None:
+    _check_version(nvcc, architectures)
     print(
         f"compiling {len(SOURCES)} CUDA sources for sm_{', sm_'.join(architectures)} ...", file=sys.stderr, flush=True
     )
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+    targets = [*_targets(architectures), _ptx_target(architectures)]
+    with tempfile.TemporaryDirectory(dir=folder) as scratch, _cublaslt(nvcc) as with_cublaslt:
         objects = [str(Path(scratch) / f"{Path(source).stem}.o") for source in SOURCES]
 
         def compile_one(job: tuple[str, str]) -> None:
-            _run([nvcc, *FLAGS, *_includes(), *_targets(architectures), "-c", job[0], "-o", job[1]])
+            more = with_cublaslt if job[0] == _CUBLASLT else []
+            _run([nvcc, *FLAGS, *more, *targets, "-c", job[0], "-o", job[1]])
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(compile_one, zip(SOURCES, objects, strict=True)))
@@ -174,12 +211,70 @@ def _targets(architectures: Sequence[str]) -> list[str]:
     return [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in architectures]
 
 
-def _includes() -> list[str]:
-    """Where cublasLt.h may lie besides the toolkit: torch's own wheels bring it."""
+def _ptx_target(architectures: Sequence[str]) -> str:
+    """PTX of the newest. That of "90a" would run on 9.0 alone, that of 90 runs on all that is newer."""
+    newest = _newest(architectures)
+    return f"-gencode=arch=compute_{newest},code=compute_{newest}"
+
+
+def _check_version(nvcc: str, architectures: Sequence[str]) -> None:
+    """Raises CudaExtError where this nvcc is known to be too old for one of them."""
+    found = re.search(r"release (\d+)\.(\d+)", _run([nvcc, "--version"]))
+    if found is None:
+        return
+    version = int(found[1]), int(found[2])
+    for name in architectures:
+        first = _FIRST_NVCC.get(_number(name))
+        if first is not None and version < first:
+            raise CudaExtError(
+                f"nvcc {found[1]}.{found[2]} is too old for sm_{name}, which needs {first[0]}.{first[1]} or later; "
+                f"install that, or set {ARCHITECTURES} to an older one, whose PTX newer GPUs run too"
+            )
+
+
+@contextmanager
+def _cublaslt(nvcc: str) -> Iterator[list[str]]:
+    """The flags that compile cublaslt.cpp with the library's header; none where no header works with this nvcc.
+
+    torch's wheels bring it, beside all of CUDA's headers, perhaps of another version than nvcc's: so only cuBLAS's
+    own are shown to nvcc, and the toolkit's are taken first.
+    """
+    define = "-DHEADROOM_CUBLASLT=<cublasLt.h>"
+    if _CUBLASLT not in SOURCES:
+        yield []
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        tries = [[define]]
+        for place, header in enumerate(_wheel_headers()):
+            links = Path(folder) / str(place)
+            links.mkdir()
+            for path in header.parent.glob("cublas*.h"):
+                (links / path.name).symlink_to(path)
+            tries.append([define, f"-I{links}"])
+        working = next((flags for flags in tries if _compiles(nvcc, flags, Path(folder))), None)
+        if working is None:
+            print("cuBLASLt is left out: no header of it compiles with this nvcc", file=sys.stderr, flush=True)
+        yield working or []
+
+
+def _compiles(nvcc: str, flags: list[str], folder: Path) -> bool:
+    try:
+        _run([nvcc, *FLAGS, *flags, "-c", _CUBLASLT, "-o", str(folder / "probe.o")])
+    except CudaExtError:
+        return False
+    return True
+
+
+def _wheel_headers() -> list[Path]:
+    """cublasLt.h in torch's wheels."""
     spec = importlib.util.find_spec("nvidia")
     places = spec.submodule_search_locations if spec is not None else None
-    found = [path.parent for place in places or () for path in Path(place).glob("*/include/cublasLt.h")]
-    return [f"-I{folder}" for folder in found]
+    return sorted(path for place in places or () for path in Path(place).glob("*/include/cublasLt.h"))
+
+
+def _cublaslt_version() -> str:
+    """Names the wheels' headers; the toolkit's comes and goes with nvcc."""
+    return hashlib.sha256(b"".join(path.read_bytes() for path in _wheel_headers())).hexdigest()
 
 
 def _run(command: list[str]) -> str:

@@ -1,35 +1,46 @@
 """Runs a CompactGPT2, dense or pruned, by our own kernels: FP16 weights and activations, FP32 sums."""
 
+import functools
+import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Self
+from typing import Concatenate, ParamSpec, Self, TypeVar
 
 import torch
 from torch import Tensor
 
 from cuda_ext import ops
 from cuda_ext.errors import CudaExtError
+from cuda_ext.graphs import capture
+from cuda_ext.memory import chunk
 from cuda_ext.packing import Packed, cache_elements, pack, table
-from cuda_ext.persistent import Persistent
-from cuda_ext.products import Choice, bucket, choose
+from cuda_ext.persistent import Persistent, State
+from cuda_ext.products import Choice, bucket, choose, logits_width
+from cuda_ext.sampling import WORDS, Sampling
 from cuda_ext.tuning import Tuner
 
-CHUNK_ROWS = 2048  # tokens that one prefill launch works on: bounds the workspace
 _LOOK_EVERY = 8  # steps between looks at whether every sequence has ended
 _KEYS_PER_SPLIT = 64
-_KEPT_GRAPHS = 16
-_TRIED = 8  # tokens in which ways to decode are compared
+_TRIED, _TRIALS = 8, 3  # tokens in which ways to decode are compared, and how often in one measurement
 DECODE = ("graph", "persistent", "eager")
+DEPENDENT = "HEADROOM_CUDA_DEPENDENT"
+"""The environment's switch: "0" launches no kernel before the one before it has ended."""
+
+_Of = ParamSpec("_Of")
+_Result = TypeVar("_Result")
 
 
-def why_not() -> str | None:
-    """What keeps the engine from running here, in one sentence; None where it can run."""
+def why_not(device: str = "cuda") -> str | None:
+    """What keeps the engine from running here, in one sentence; None where it can run. `device` as for `Engine`."""
     if torch.version.cuda is None:
         return "this torch build has no CUDA support"
     if not torch.cuda.is_available():
         return "torch sees no GPU (is the driver there, and new enough for this torch?)"
-    major, minor = torch.cuda.get_device_capability()
+    index = torch.device(device).index
+    if index is not None and index >= torch.cuda.device_count():
+        return f"there is no {device}; torch sees {torch.cuda.device_count()} GPUs, the first of which is cuda:0"
+    major, minor = torch.cuda.get_device_capability(device)
     if (major, minor) < (7, 5):
         return f"the GPU has compute capability {major}.{minor}; 7.5 (Turing) is the first supported"
     return None
@@ -40,18 +51,20 @@ def is_available() -> bool:
     return why_not() is None
 
 
-@dataclass(frozen=True)
-class _Draw:
-    """How tokens are drawn; temperature 0 takes the likeliest."""
+def _guard(device: torch.device) -> AbstractContextManager[object]:
+    """Streams, events and captures of its scope are `device`'s, whichever was current before."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
-    temperature: float
-    top_k: int
-    top_p: float
-    seed: int
 
-    def __post_init__(self) -> None:
-        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
-            raise CudaExtError(f"{self}: give temperature >= 0, top_k >= 0 and 0 < top_p <= 1")
+def _on_its_device(
+    method: Callable[Concatenate["Engine", _Of], _Result],
+) -> Callable[Concatenate["Engine", _Of], _Result]:
+    @functools.wraps(method)
+    def call(self: "Engine", *arguments: _Of.args, **named: _Of.kwargs) -> _Result:
+        with _guard(self.device):
+            return method(self, *arguments, **named)
+
+    return call
 
 
 class Engine:
@@ -60,10 +73,20 @@ class Engine:
     `decode`: "graph" replays one CUDA graph a token; "persistent" runs one launch for many tokens, for batches of
     1 to 4 where the model fits, and graphs for others; "eager" launches the kernels one by one; "auto" takes the
     faster of the first two, measured once for each batch (tuning.py).
+
+    `dependent`: whether a kernel may begin before the one before it has ended (programmatic dependent launch, from
+    Hopper on). None: where the GPU can, unless $HEADROOM_CUDA_DEPENDENT is "0".
     """
 
     def __init__(
-        self, packed: Packed, *, device: str, max_batch: int = 1, max_context: int | None = None, decode: str = "auto"
+        self,
+        packed: Packed,
+        *,
+        device: str,
+        max_batch: int = 1,
+        max_context: int | None = None,
+        decode: str = "auto",
+        dependent: bool | None = None,
     ) -> None:
         shape = packed.shape
         if decode not in ("auto", *DECODE):
@@ -74,31 +97,36 @@ class Engine:
         if not 1 <= capacity <= shape.context:
             raise CudaExtError(f"max_context is {max_context}; the model's positions end at {shape.context}")
         self.shape, self.device, self.max_batch, self.context = shape, torch.device(device), max_batch, capacity
-        self._packed, self._decode = packed, decode
-        # Dependent launches came with Hopper. On the CPU they change nothing, or are tested (docs/cuda.md).
-        self._dependent = self.device.type == "cpu" or torch.cuda.get_device_capability(self.device) >= (9, 0)
+        if self.device.type == "cuda" and self.device.index is None:  # it stays there, whatever becomes current
+            self.device = torch.device("cuda", torch.cuda.current_device())
+        self._packed, self._decode, self._dependent = packed, decode, _dependent(self.device, dependent)
+        with _guard(self.device):
+            self._allocate()
+
+    def _allocate(self) -> None:
+        packed, shape, max_batch, capacity = self._packed, self.shape, self.max_batch, self.context
         self.weights = packed.weights.to(self.device)
         self.cache = torch.zeros(cache_elements(shape, max_batch, capacity), dtype=torch.float16, device=self.device)
         self._tuner = Tuner(self.device)
         self._choices: list[Choice] = []
         self._chosen: set[tuple[int, int]] = set()
         self.table = self._make_table()
-        self._chunk = max(1, min(capacity, CHUNK_ROWS // max_batch))
+        self._chunk = chunk(max_batch, capacity)
         size = ops.workspace_bytes(self.table, max_batch, self._chunk, self.device.type)
         self.workspace = torch.empty(size, dtype=torch.uint8, device=self.device)
         self._counters = self._ints(ops.counters(self.table, max_batch, self.device.type))
-        padded = (shape.vocabulary + 3) // 4 * 4  # the sampler reads four at once
-        self._logits = torch.empty(max_batch, padded, device=self.device)[:, : shape.vocabulary]
+        self._logits = self._rows_of_logits(max_batch)
         # Of each sequence: the token last read, its position, how many are cached.
         self._tokens, self._position, self._lengths = (self._ints(max_batch) for _ in range(3))
         # Of sampling: tokens drawn so far, whether a stop token came, and all that were drawn.
         self._drawn, self._finished = self._ints(max_batch), self._ints(max_batch)
         self._history = self._ints(max_batch, capacity)
+        self._sampling = self._ints(WORDS)  # how; read by captured kernels, so it stays where it is
         self._batch, self._longest = 0, 0  # as the host knows them
-        self._persistent = Persistent(self.table, max_batch, self.device) if decode in ("auto", "persistent") else None
+        wanted = self._decode in ("auto", "persistent")
+        self._persistent = Persistent(self.table, max_batch, self.device) if wanted else None
         self._ways: dict[int, str] = {}
-        self._graphs: dict[tuple[object, ...], torch.cuda.CUDAGraph] = {}
-        self._stop_tokens: dict[tuple[int, ...], Tensor] = {}
+        self._graphs: dict[tuple[str, int], torch.cuda.CUDAGraph] = {}  # at most two a batch: see _run
 
     @classmethod
     def from_checkpoint(
@@ -108,23 +136,31 @@ class Engine:
         max_batch: int = 1,
         max_context: int | None = None,
         decode: str = "auto",
+        dependent: bool | None = None,
     ) -> Self:
         """Load a folder of `config.json` and safetensors, ours or stock GPT-2.
 
         `device`: "cuda" or "cuda:N"; "cpu" runs the kernels' source on the CPU, slowly, as the tests do.
         Raises CudaExtError where there is no usable GPU, CheckpointError for a folder that cannot be used.
         """
-        reason = None if device == "cpu" else why_not()
+        device = device or "cuda"
+        reason = None if device == "cpu" else why_not(device)
         if reason is not None:
             raise CudaExtError(f"the CUDA engine cannot run: {reason}")
         return cls(
-            pack(Path(folder)), device=device or "cuda", max_batch=max_batch, max_context=max_context, decode=decode
+            pack(Path(folder)),
+            device=device,
+            max_batch=max_batch,
+            max_context=max_context,
+            decode=decode,
+            dependent=dependent,
         )
 
     def reset(self) -> None:
         """Forget the past."""
         self._batch, self._longest = 0, 0
 
+    @_on_its_device
     def forward(self, input_ids: Tensor) -> Tensor:
         """Logits of all positions, from an empty past: int [batch, length] -> FP32 [batch, length, vocabulary]."""
         batch, length = self._accept(input_ids)
@@ -133,19 +169,24 @@ class Engine:
         for begin in range(0, length, self._chunk):
             part = tokens[:, begin : begin + self._chunk].contiguous()
             count = part.shape[1]
-            self._tune(batch * count, batch)
-            some = torch.empty(batch * count, self.shape.vocabulary, dtype=torch.float32, device=self.device)
+            self._tune(batch * count, batch * count)
+            some = self._rows_of_logits(batch * count)
             start, lengths = self._full(batch, begin), self._full(batch, count)
             ops.prefill(self.table, self.workspace, self.cache, part, start, lengths, None, some)
-            logits[:, begin : begin + count] = some.view(batch, count, -1)
+            logits[:, begin : begin + count] = some.unflatten(0, (batch, count))
         self._hold(batch, self._full(batch, length), length)
         return logits
 
+    @_on_its_device
     def prefill(self, input_ids: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
         """Forget the past, read prompts, return the next tokens' logits: FP32 [batch, vocabulary].
 
         `input_ids` int [batch, length]; `lengths`: how many of each row count, the rest being padding on the right.
         """
+        return self._prefill(input_ids, lengths).clone()
+
+    def _prefill(self, input_ids: Tensor, lengths: Sequence[int] | None) -> Tensor:
+        """The logits are overwritten by the next token's."""
         batch, length = self._accept(input_ids)
         counts = list(lengths) if lengths is not None else [length] * batch
         if len(counts) != batch or not all(1 <= count <= length for count in counts):
@@ -159,13 +200,14 @@ class Engine:
             ends = [b for b, count in enumerate(counts) if begin < count <= begin + width]
             rows = self._of([b * width + counts[b] - 1 - begin for b in ends])
             here = self._of([min(max(count - begin, 0), width) for count in counts])
-            some = logits if len(ends) == batch else torch.empty(len(ends), logits.shape[1], device=self.device)
+            some = logits if len(ends) == batch else self._rows_of_logits(len(ends))
             ops.prefill(self.table, self.workspace, self.cache, part, self._full(batch, begin), here, rows, some)
             if some is not logits:
                 logits[self._of(ends).long()] = some
         self._hold(batch, self._of(counts), max(counts))
-        return logits.clone()
+        return logits
 
+    @_on_its_device
     def decode(self, token_ids: Tensor) -> Tensor:
         """Append one token a sequence: int [batch] -> FP32 [batch, vocabulary], overwritten by the next call."""
         if token_ids.shape != (self._batch,):
@@ -179,6 +221,7 @@ class Engine:
         self._longest += 1
         return self._logits[: self._batch]
 
+    @_on_its_device
     def extend(
         self, count: int, *, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, seed: int = 0
     ) -> Tensor:
@@ -186,16 +229,19 @@ class Engine:
 
         Nothing waits for the device. Each call draws anew from `seed`.
         """
-        batch = self._batch
+        batch, how = self._batch, Sampling(temperature, top_k, top_p, seed)
+        if count < 1:
+            raise CudaExtError(f"count is {count}; give 1 or more")
         if batch == 0:
             raise CudaExtError("extend has nothing to go on from; prefill first")
         self._make_room(count)
-        self._draw_first(batch, _Draw(temperature, top_k, top_p, seed), ())
-        self._steps(batch, _Draw(temperature, top_k, top_p, seed), (), count - 1)
+        self._draw_first(batch, how)
+        self._steps(batch, how, count - 1)
         self._forward(batch)
         self._longest += count
         return self._history[:batch, :count].clone()
 
+    @_on_its_device
     def generate(
         self,
         input_ids: Tensor,
@@ -211,27 +257,27 @@ class Engine:
     ) -> list[list[int]]:
         """Continue prompts by up to `max_new_tokens`; temperature 0 takes the likeliest token.
 
-        A sequence ends at a token of `stop`, which it keeps. Sampling, stopping and the next step stay on the
-        device. `on_tokens` gets each step's tokens (a finished sequence repeats token 0) one
+        A sequence ends at a token of `stop` (at most 64), which it keeps. Sampling, stopping and the next step stay on
+        the device. `on_tokens` gets each step's tokens (a finished sequence repeats token 0) one
         step late, so that the GPU never waits for it.
         """
         if max_new_tokens < 1:
             raise CudaExtError(f"max_new_tokens is {max_new_tokens}; give 1 or more")
-        how, stops = _Draw(temperature, top_k, top_p, seed), tuple(stop)
-        self.prefill(input_ids, lengths)
+        how = Sampling(temperature, top_k, top_p, seed, tuple(stop))
+        self._prefill(input_ids, lengths)
         batch = self._batch
         self._make_room(max_new_tokens - 1)
         watch = _Watch(self.device)
-        self._draw_first(batch, how, stops)
+        self._draw_first(batch, how)
         done = 1
         while True:
             state = torch.stack([self._tokens[:batch], self._finished[:batch]])
-            if on_tokens is not None or len(stop):
+            if on_tokens is not None or how.stop:
                 watch.send(state, on_tokens)
             if done == max_new_tokens or watch.all_finished():
                 break
             count = min(1 if on_tokens is not None else _LOOK_EVERY, max_new_tokens - done)
-            self._steps(batch, how, stops, count)
+            self._steps(batch, how, count)
             done += count
         watch.drain()
         rows = self._history[:batch, :done].tolist()
@@ -240,36 +286,43 @@ class Engine:
 
     # ---- one token ----
 
-    def _draw_first(self, batch: int, how: _Draw, stop: tuple[int, ...]) -> None:
+    def _draw_first(self, batch: int, how: Sampling) -> None:
         self._drawn.zero_()
         self._finished.zero_()
-        self._draw(batch, how, stop)
+        self._ask_for(how)
+        self._draw(batch)
 
-    def _steps(self, batch: int, how: _Draw, stop: tuple[int, ...], count: int) -> None:
+    def _ask_for(self, how: Sampling) -> None:
+        """What is drawn from now on; in the stream's order, so that launches before it draw as they were asked to."""
+        packed = how.packed()
+        if self.device.type == "cuda":  # from pinned memory the host need not wait for the copy
+            packed = packed.pin_memory()
+        self._sampling.copy_(packed, non_blocking=True)
+
+    def _steps(self, batch: int, how: Sampling, count: int) -> None:
         """`count` times: the tokens drawn last through the model, and the next ones drawn."""
-        if count and how.temperature == 0 and self._way(batch) == "persistent":
-            self._launch_persistent(batch, stop, steps=count, greedy=True)
+        if count and how.greedy and self._way(batch) == "persistent":
+            self._launch_persistent(batch, steps=count, greedy=True)
             return
-
-        def step() -> None:
-            self._launch(batch)
-            self._draw(batch, how, stop)
-
         for _ in range(count):
-            self._run((batch, how, stop), step)
+            self._run("step", batch, self._step)
+
+    def _step(self, batch: int) -> None:
+        self._launch(batch)
+        self._draw(batch)
 
     def _forward(self, batch: int) -> None:
-        self._run((batch,), lambda: self._launch(batch))
+        self._run("forward", batch, self._launch)
 
-    def _draw(self, batch: int, how: _Draw, stop: tuple[int, ...]) -> None:
+    def _draw(self, batch: int) -> None:
         tokens, position, lengths, drawn, finished, history = self._state(batch)
-        ops.sample(self._logits[:batch], drawn, tokens, how.temperature, how.top_k, how.top_p, how.seed)
-        ops.advance(tokens, position, lengths, drawn, finished, history, self._stops(stop), 0, self.context)
+        ops.sample(self._logits[:batch], self._sampling, drawn, tokens)
+        ops.advance(tokens, position, lengths, drawn, finished, history, self._sampling, self.context)
 
     def _launch(self, batch: int) -> None:
         """From tokens, positions and lengths to logits."""
         if self._way(batch) == "persistent":
-            self._launch_persistent(batch, (), steps=1, greedy=False)
+            self._launch_persistent(batch, steps=1, greedy=False)
             return
         # Fixed in a graph, so for the longest context: a split without keys costs little.
         splits = max(1, min(32, self.context // _KEYS_PER_SPLIT))
@@ -278,14 +331,14 @@ class Engine:
             self._lengths[:batch], self._logits[:batch], splits, self._dependent,
         )  # fmt: skip
 
-    def _launch_persistent(self, batch: int, stop: tuple[int, ...], *, steps: int, greedy: bool) -> None:
+    def _launch_persistent(self, batch: int, *, steps: int, greedy: bool) -> None:
         assert self._persistent is not None
-        state, stops = self._state(batch), self._stops(stop)
-        self._persistent.decode(self.cache, state, stops, self._logits[:batch], steps=steps, greedy=greedy)
+        state, logits = self._state(batch), self._logits[:batch]
+        self._persistent.decode(self.cache, state, self._sampling, logits, steps=steps, greedy=greedy)
 
-    def _state(self, batch: int) -> tuple[Tensor, ...]:
-        state = (self._tokens, self._position, self._lengths, self._drawn, self._finished, self._history)
-        return tuple(tensor[:batch] for tensor in state)
+    def _state(self, batch: int) -> State:
+        tokens, position, lengths = self._tokens[:batch], self._position[:batch], self._lengths[:batch]
+        return tokens, position, lengths, self._drawn[:batch], self._finished[:batch], self._history[:batch]
 
     def _way(self, batch: int) -> str:
         """How this batch is decoded."""
@@ -303,6 +356,8 @@ class Engine:
         """The fastest way to go on from what is held, which stays as it is."""
         if self._longest + 1 + _TRIED > self.context:  # no room to try
             return ways[0]
+        asked_for = self._sampling.clone()
+        self._ask_for(Sampling())
         state = (*self._state(self.max_batch), self._logits)
         kept = [tensor.clone() for tensor in state]
 
@@ -317,60 +372,46 @@ class Engine:
                 self._lengths += 1
                 self._finished.zero_()
                 self._ways[batch] = way
-                self._steps(batch, _Draw(0.0, 0, 1.0, 0), (), _TRIED)
+                if way == "persistent":
+                    self._launch_persistent(batch, steps=_TRIED, greedy=True)
+                else:  # what a graph of a step holds
+                    for _ in range(_TRIED):
+                        self._step(batch)
 
             return run
 
         shape = self.shape
         name = f"decode {batch} at {self.context}: {shape.width} {shape.inner} {shape.vocabulary} {shape.heads}"
-        fastest = self._tuner.fastest(name, {way: trial(way) for way in ways})
+        fastest = self._tuner.fastest(name, {way: trial(way) for way in ways}, _TRIALS)
         restore()
+        self._sampling.copy_(asked_for)
         return fastest
 
-    def _run(self, name: tuple[object, ...], step: Callable[[], None]) -> None:
-        """`step`, by the graph of this name where this batch goes by graphs."""
-        if self._way(self._batch) != "graph":
-            step()
-        else:
-            self._replay(name, step)
-
-    def _replay(self, name: tuple[object, ...], step: Callable[[], None]) -> None:
-        """Run `step` by the graph of this name, captured when it is first met."""
-        if name not in self._graphs:
-            if len(self._graphs) == _KEPT_GRAPHS:  # each seed has one
-                del self._graphs[next(iter(self._graphs))]
-            self._graphs[name] = self._capture(step)
-        self._graphs[name].replay()
+    def _run(self, name: str, batch: int, step: Callable[[int], None]) -> None:
+        """`step`; where this batch goes by graphs, by the graph of this name, captured when it is first met."""
+        if self._way(batch) != "graph":
+            step(batch)
+            return
+        if (name, batch) not in self._graphs:
+            self._graphs[name, batch] = self._capture(lambda: step(batch))
+        self._graphs[name, batch].replay()
 
     def _capture(self, step: Callable[[], None]) -> torch.cuda.CUDAGraph:
         state = (self._tokens, self._position, self._lengths, self._logits, self._drawn, self._finished)
         kept = [tensor.clone() for tensor in state]
-        side = torch.cuda.Stream(self.device)
-        side.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(side):
-            step()  # loads the kernels, which a capture must not
-        torch.cuda.current_stream(self.device).wait_stream(side)
+        graph = capture(step)
         for tensor, before in zip(state, kept, strict=True):
             tensor.copy_(before)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            step()
         return graph
-
-    def _stops(self, stop: tuple[int, ...]) -> Tensor:
-        # A graph keeps the address, so the tensor must live as long.
-        if stop not in self._stop_tokens:
-            self._stop_tokens[stop] = self._of(stop)
-        return self._stop_tokens[stop]
 
     # ---- measured choices ----
 
     def _tune(self, rows: int, head_rows: int) -> None:
         """Make sure that the ways of products of so many rows have been measured."""
         buckets = bucket(rows), bucket(head_rows)
-        if self._tuner.active and buckets not in self._chosen:
+        if self._tuner.active and any(buckets) and buckets not in self._chosen:
             self._chosen.add(buckets)
-            chosen = choose(self._packed, self.weights, *buckets, self._tuner)
+            chosen = choose(self._packed, self.weights, *buckets, self._tuner, self.workspace)
             self._choices = list(dict.fromkeys([*self._choices, *chosen]))
             self.table = self._make_table()
 
@@ -406,6 +447,8 @@ class Engine:
         self._position[:batch] = lengths - 1
         self._batch, self._longest = batch, longest
         self._counters.zero_()  # a decode that was broken off may have left some
+        if self._persistent is not None:
+            self._persistent.reset()
 
     def _on_device(self, tokens: Tensor) -> Tensor:
         return tokens.to(self.device, torch.int32)
@@ -416,11 +459,27 @@ class Engine:
             held = held.pin_memory().to(self.device, non_blocking=True)
         return held
 
+    def _rows_of_logits(self, count: int) -> Tensor:
+        """FP32 [count, vocabulary], the same apart everywhere: cuBLASLt's algorithms were measured for that."""
+        padded = torch.empty(count, logits_width(self.shape.vocabulary), device=self.device)
+        return padded[:, : self.shape.vocabulary]
+
     def _full(self, batch: int, value: int) -> Tensor:
         return torch.full((batch,), value, dtype=torch.int32, device=self.device)
 
     def _ints(self, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.int32, device=self.device)
+
+
+def _dependent(device: torch.device, wanted: bool | None) -> bool:
+    """Whether kernels launch before the one before has ended.
+
+    Dependent launches came with Hopper. On the CPU they change nothing, or are tested (docs/cuda.md).
+    """
+    can = device.type == "cpu" or torch.cuda.get_device_capability(device) >= (9, 0)
+    if wanted and not can:
+        raise CudaExtError(f"dependent is True, but {device} has no dependent launches; compute capability 9.0 has")
+    return can and os.environ.get(DEPENDENT, "1") != "0" if wanted is None else wanted
 
 
 class _Watch:

@@ -14,11 +14,12 @@ import platform
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+
+from cuda_ext import folders
 
 CSRC = Path(__file__).parent / "csrc"
 RUNTIME = ("host/fiber.cpp", "host/runtime.cpp")
@@ -111,17 +112,11 @@ def run_sanitized(
 
 
 def cache_folder() -> Path:
-    """Where builds are kept: below $XDG_CACHE_HOME or ~/.cache, or the temporary folder where that is read-only."""
-    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    for base in (Path(home).expanduser(), Path(tempfile.gettempdir()) / f"cache-{os.getuid()}"):
-        folder = base / "headroom" / "host"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError:
-            continue
-        if os.access(folder, os.W_OK):
-            return folder
-    raise HostBuildError(f"neither {home} nor {tempfile.gettempdir()} can be written to")
+    """Where builds are kept: folders.cache_folder. Raises HostBuildError."""
+    try:
+        return folders.cache_folder("host")
+    except OSError as error:
+        raise HostBuildError(f"there is no place for builds: {error}") from error
 
 
 @contextmanager

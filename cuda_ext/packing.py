@@ -13,6 +13,8 @@ from cuda_ext.checkpoint import read_checkpoint
 from cuda_ext.errors import CheckpointError
 
 HEAD_DIMS = (32, 64, 128)
+LAYOUT = 2
+"""Of the table: csrc/api.cpp's kLayout. Both go up by one with every change of what the table holds."""
 _ACTIVATIONS = ("gelu_new", "gelu_pytorch_tanh")  # one function under two names
 _ALIGN = 128  # elements: 256 bytes
 
@@ -175,9 +177,9 @@ def table(
     cache: torch.Tensor,
     max_batch: int,
     capacity: int,
-    choices: Sequence[tuple[int, int, int, int, int]] = (),
+    choices: Sequence[Sequence[int]] = (),
 ) -> torch.Tensor:
-    """What csrc/api.cpp reads: sizes, addresses and choices, int64 on the CPU.
+    """What csrc/api.cpp reads: the layout's number, its own length, sizes, addresses and choices, int64 on the CPU.
 
     `weights` is `packed.weights` on the device; `cache` FP16 [cache_elements(...)]; `choices`: csrc/model.h's.
     """
@@ -201,7 +203,7 @@ def table(
         numbers += [at, at + each]
         at += 2 * each
     numbers += [len(choices), *(number for choice in choices for number in choice)]
-    return torch.tensor(numbers, dtype=torch.int64)
+    return torch.tensor([LAYOUT, 2 + len(numbers), *numbers], dtype=torch.int64)
 
 
 def cache_elements(shape: Shape, max_batch: int, capacity: int) -> int:

@@ -9,36 +9,52 @@ _THREADS = {"cuda": 384, "cpu": 64}  # of a block; csrc/persistent/block.h bound
 _CPU_BLOCKS = 3
 
 
-class Persistent:
-    """The launch geometry for each batch that fits, and the kernel's own buffers."""
+State = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+"""Tokens, position, lengths, step, finished, history, as in ops.decode_persistent."""
+
+
+class Geometry:
+    """Threads, blocks for each batch that fits, and the size of the workspace that serves all of them."""
 
     def __init__(
-        self, table: Tensor, max_batch: int, device: torch.device, geometry: tuple[int, int] | None = None
+        self, table: Tensor, max_batch: int, device: torch.device, wanted: tuple[int, int] | None = None
     ) -> None:
-        """`geometry`: blocks and threads of each; None: what the device holds at once."""
-        self._table, kind = table, device.type
-        self._threads = _THREADS[kind] if geometry is None else geometry[1]
-        self._blocks = {}
+        """`wanted`: blocks and threads; None: what the device holds at once."""
+        kind = device.type
+        self.threads = _THREADS[kind] if wanted is None else wanted[1]
+        self.blocks = {}
         for batch in range(1, min(max_batch, ops.PERSISTENT_BATCH) + 1):
-            blocks = ops.persistent_blocks(table, batch, self._threads, kind)
-            if blocks and geometry is not None:
-                self._blocks[batch] = geometry[0]
+            blocks = ops.persistent_blocks(table, batch, self.threads, device)
+            if blocks and wanted is not None:
+                self.blocks[batch] = wanted[0]
             elif blocks:
-                self._blocks[batch] = blocks if kind == "cuda" else min(blocks, _CPU_BLOCKS)
-        most = max(self._blocks.values(), default=1)
-        self._layers = ops.layers(table, kind).to(device)
-        size = ops.persistent_bytes(table, most, self._threads, kind)
-        self._workspace = torch.zeros(size, dtype=torch.uint8, device=device)
+                self.blocks[batch] = blocks if kind == "cuda" else min(blocks, _CPU_BLOCKS)
+        most = max(self.blocks.values(), default=1)
+        self.workspace_bytes = ops.persistent_bytes(table, most, self.threads, kind)
+
+
+class Persistent:
+    """The launch geometry and the kernel's own buffers."""
+
+    def __init__(
+        self, table: Tensor, max_batch: int, device: torch.device, wanted: tuple[int, int] | None = None
+    ) -> None:
+        """`wanted`: as for Geometry."""
+        self._table, self._geometry = table, Geometry(table, max_batch, device, wanted)
+        self._layers = ops.layers(table, device.type).to(device)
+        self._workspace = torch.zeros(self._geometry.workspace_bytes, dtype=torch.uint8, device=device)
+
+    def reset(self) -> None:
+        """Ready the barriers' counters, of which a launch that was broken off may have left some."""
+        self._workspace.zero_()
 
     def fits(self, batch: int) -> bool:
         """Whether a batch of this size can be decoded so."""
-        return batch in self._blocks
+        return batch in self._geometry.blocks
 
-    def decode(
-        self, cache: Tensor, state: tuple[Tensor, ...], stop: Tensor, logits: Tensor, *, steps: int, greedy: bool
-    ) -> None:
-        """`state`: tokens, position, lengths, step, finished, history, as in ops.decode_persistent."""
+    def decode(self, cache: Tensor, state: State, how: Tensor, logits: Tensor, *, steps: int, greedy: bool) -> None:
+        """`how`: as in ops.sample."""
         ops.decode_persistent(
-            self._table, self._layers, self._workspace, cache, *state, stop, logits, 0, greedy, steps,
-            self._blocks[logits.shape[0]], self._threads,
+            self._table, self._layers, self._workspace, cache, *state, how, logits, greedy, steps,
+            self._geometry.blocks[logits.shape[0]], self._geometry.threads,
         )  # fmt: skip

@@ -13,7 +13,7 @@ import os
 import platform
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from cuda_ext.host_build import CSRC, HostBuildError
 
 ARCHITECTURES = ("75", "80", "90a")
 """Those whose PTX differs in what it can do: without cp.async, with it, and with bulk copies."""
-STAND_IN = "ptx/cudart.cpp"
+STAND_IN, STAND_IN_FLAGS = Path("ptx/cudart.cpp"), ("-x", "c++", "-std=c++17", "-Xcompiler", "-fPIC")
 # Rounding is set where an instruction asks for another than the nearest; registers change their types.
 FLAGS = ["-std=c++20", "-O2", "-g1", "-fPIC", "-fno-strict-aliasing", "-ffp-contract=off", "-frounding-math"]
 FLAGS += ["-Wall", "-Wextra"]
@@ -55,7 +55,7 @@ def why_not() -> str | None:
     except (HostBuildError, CudaExtError) as error:
         return str(error)
     try:
-        _nvcc_object(nvcc, Path(STAND_IN), ["-x", "c++", "-std=c++17", "-Xcompiler", "-fPIC"])
+        _nvcc_object(nvcc, STAND_IN, STAND_IN_FLAGS)
     except HostBuildError as error:
         if "cuda_runtime_api.h" in str(error):
             return f"{nvcc} finds no cuda_runtime_api.h; install the toolkit's cudart headers (cuda-cudart-dev)"
@@ -66,14 +66,11 @@ def why_not() -> str | None:
 @functools.cache
 def interpreter() -> ctypes.CDLL:
     """The interpreter, built where it is not there yet, once a process. Raises HostBuildError."""
-    sources = sorted(path for path in (CSRC / "ptx").glob("*.cpp") if path.name != Path(STAND_IN).name)
+    sources = sorted(path for path in (CSRC / "ptx").glob("*.cpp") if path.name != STAND_IN.name)
     flags = [*FLAGS, *_processor()]
     text = b"".join(path.read_bytes() for path in sorted((CSRC / "ptx").glob("*.h")))
     with host_build.lock(host_build.cache_folder()), ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = pool.map(lambda path: _object(path, flags, text), sources)
-        command = [host_build.compiler(), "-shared", "-Wl,-Bsymbolic,-z,defs", *map(str, objects)]
-        target = host_build.cache_folder() / f"{host_build.key(*command, host_build.version())}.so"
-        path = host_build.make(target, [*command, "-o"])
+        path = _link(pool.map(lambda path: _object(path, flags, text), sources))
     loaded = host_build.typed(ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL))
     for name, (arguments, result) in _FUNCTIONS.items():
         function = getattr(loaded, f"hr_ptx_{name}")
@@ -120,11 +117,8 @@ def library(
         flags = [*build.FLAGS, "-no-compress", "-gencode", target]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             objects = list(pool.map(lambda source: _nvcc_object(nvcc, host_build.find(source), flags), sources))
-        objects.append(_nvcc_object(nvcc, Path(STAND_IN), ["-x", "c++", "-std=c++17", "-Xcompiler", "-fPIC"]))
-        interpreter_path = interpreter()._name
-        command = [host_build.compiler(), "-shared", "-Wl,-Bsymbolic,-z,defs", *map(str, objects), interpreter_path]
-        target_path = host_build.cache_folder() / f"{host_build.key(*command, host_build.version())}.so"
-        path = host_build.make(target_path, [*command, "-ldl", "-o"])
+        objects += [_nvcc_object(nvcc, STAND_IN, STAND_IN_FLAGS), Path(interpreter()._name)]
+        path = _link(objects)
     return host_build.typed(Library(path) if rewrite is None else _rewritten(path, rewrite))
 
 
@@ -153,12 +147,16 @@ def _object(source: Path, flags: list[str], headers: bytes) -> Path:
     return host_build.make(target, [host_build.compiler(), *flags, "-c", str(name), "-o"])
 
 
-def _nvcc_object(nvcc: str, source: Path, flags: list[str]) -> Path:
-    headers = host_build.headers()
-    if source == Path(STAND_IN):
-        headers = (CSRC / "ptx" / "api.h").read_bytes()
+def _link(objects: Iterable[Path]) -> Path:
+    command = [host_build.compiler(), "-shared", "-Wl,-Bsymbolic,-z,defs", *map(str, objects), "-ldl"]
+    target = host_build.cache_folder() / f"{host_build.key(*command, host_build.version())}.so"
+    return host_build.make(target, [*command, "-o"])
+
+
+def _nvcc_object(nvcc: str, source: Path, flags: Sequence[str]) -> Path:
+    headers = (CSRC / "ptx" / "api.h").read_bytes() if source == STAND_IN else host_build.headers()
     content = hashlib.sha256((CSRC / source).read_bytes() + headers).hexdigest()
-    name = host_build.key(source, flags, _nvcc_version(nvcc), host_build.version(), content)
+    name = host_build.key(source, [*flags], _nvcc_version(nvcc), host_build.version(), content)
     target = host_build.cache_folder() / f"{name}.o"
     return host_build.make(target, [nvcc, *flags, "-I.", "-c", str(source), "-o"])
 

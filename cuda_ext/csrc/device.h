@@ -67,6 +67,26 @@ HR_DEVICE void unpack8(uint4 v, float (&x)[8]) {
     }
 }
 
+// The calls of a scope go to `device`, those behind it to the device that was current before. Streams, attributes of
+// kernels, occupancy and handles of libraries belong to one device.
+class DeviceGuard {
+  public:
+    explicit DeviceGuard(int device)
+        : before_(current_device()), changed_(device != before_), error(changed_ ? set_device(device) : 0) {}
+    ~DeviceGuard() {
+        if (changed_) set_device(before_);
+    }
+    DeviceGuard(const DeviceGuard&) = delete;
+    DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+  private:
+    const int before_;
+    const bool changed_;
+
+  public:
+    const int error;  // 0, or the CUDA error for a device that is not there
+};
+
 // GPT-2's GELU: the tanh approximation (Hendrycks and Gimpel 2016, section 2).
 HR_DEVICE float gelu_tanh(float x) {
     constexpr float kRoot2OverPi = 0.7978845608028654f;

@@ -200,6 +200,13 @@ struct Launch {
     bool dependent = false;    // may begin before the launch before it ends (sm_90)
 };
 
+// The device that this thread's calls go to; -1 where there is none. `set_device` returns 0 or a CUDA error.
+inline int current_device() {
+    int device = -1;
+    return cudaGetDevice(&device) == cudaSuccess ? device : -1;
+}
+inline int set_device(int device) { return cudaSetDevice(device); }
+
 // What a block may have of shared memory on this device; 0 where the device does not answer.
 inline size_t most_shared_bytes() {
     int device = 0, bytes = 0;

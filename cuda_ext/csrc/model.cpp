@@ -44,36 +44,27 @@ struct Workspace {
     }
 };
 
-// Where nothing was measured: the largest tile that still gives a large GPU's multiprocessors something to do each.
-int tile_for(int m, int n) {
-    constexpr int kBlocks = 100;
-    const auto blocks = [&](int bm, int bn) { return ceil_div(m, bm) * ceil_div(n, bn); };
-    if (m <= 16) return 4;
-    if (m <= 32) return n < 4096 ? 5 : 3;
-    if (blocks(128, 128) >= kBlocks) return 0;
-    if (blocks(128, 64) >= kBlocks) return 1;
-    return 2;
-}
-
 // Runs launches one after the other and keeps the first error.
 struct Sequence {
     int error = 0;
     void operator()(int result) { error = error != 0 ? error : result; }
 };
 
-int way_for(const Model& model, const Gemm& p) {
+Way way_for(const Model& model, const Gemm& p) {
     for (const Choice& c : model.choices) {
         const bool same = c.n == p.n && c.k == p.k && c.epilogue == p.epilogue;
         if (same && p.m <= c.rows && c.rows < 2 * p.m) return c.way;
     }
-    return tile_for(p.m, p.n);
+    return {variant_for(p.m, p.n), {}};
 }
 
 int multiply(const Model& model, const Workspace& w, const half* a, int ld_a, const half* weight, int ld_weight,
              const half* bias, void* out, int ld_out, int m, int n, int k, Epilogue epilogue, Stream stream) {
     const Gemm problem{a, weight, bias, static_cast<half*>(out), static_cast<float*>(out), m, n, k, ld_a, ld_weight, ld_out,
                        epilogue};
-    return product(problem, way_for(model, problem), w.scratch, stream);
+    const int error = product(problem, way_for(model, problem), w.scratch, stream);
+    // A refusal leaves `out` as it was, so that our own tile can take over.
+    return error == kCublasLtCannot ? gemm(problem, variant_for(m, n), stream) : error;
 }
 
 // A layer's feed-forward half, for many rows.
@@ -179,10 +170,24 @@ int prefill(const Model& model, void* workspace, const int* tokens, const int* s
     return run.error;
 }
 
+int variant_for(int m, int n) {
+    constexpr int kBlocks = 100;
+    const auto blocks = [&](int bm, int bn) { return ceil_div(m, bm) * ceil_div(n, bn); };
+    if (m <= 16) return 4;
+    if (m <= 32) return n < 4096 ? 5 : 3;
+    if (blocks(128, 128) >= kBlocks) return 0;
+    if (blocks(128, 64) >= kBlocks) return 1;
+    return 2;
+}
+
 size_t counter_count(const Model& model, int batch) { return static_cast<size_t>(batch) * most_heads(model); }
 
 int decode(const Model& model, void* workspace, unsigned* counters, const int* tokens, const int* position,
            const int* lengths, int batch, int splits, float* logits, int ld_logits, bool dependent, Stream stream) {
+#if defined(HEADROOM_HOST)
+    if (std::any_of(counters, counters + counter_count(model, batch), [](unsigned count) { return count != 0; }))
+        return kCountersNotZero;
+#endif
     const Workspace w(model, workspace, batch, 1);
     splits = std::clamp(splits, 1, kMaxSplits);
     Sequence run;

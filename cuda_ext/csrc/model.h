@@ -21,13 +21,16 @@ struct Layer {
 struct Choice {
     int rows, n, k;
     Epilogue epilogue;
-    int way;
+    Way way;
 };
+
+constexpr int kBadTable = -2;         // of api.cpp: the table describes no model
+constexpr int kCountersNotZero = -3;  // of `decode`, on the CPU, where it can look
 
 struct Model {
     int width, inner, vocabulary, head_dim;
     int position_rows;  // of wpe: as many as positions, or one of zeros where they are rotary
-    int ld_width, ld_inner;  // width and inner, padded with zeros to a multiple of 8
+    int ld_width, ld_inner;  // width and inner, rounded up to a multiple of 8: weights have zeros there
     float epsilon;
     Rotary rotary;
     const half *wte, *wpe, *lnf_gain, *lnf_bias;
@@ -44,7 +47,8 @@ size_t workspace_bytes(const Model& model, int batch, int length);
 int prefill(const Model& model, void* workspace, const int* tokens, const int* start, const int* lengths,
             const int* rows, int row_count, int batch, int length, float* logits, int ld_logits, Stream stream);
 
-// How many arrival counters split attention has: a buffer of its own, zero before each call of `decode` and after.
+// How many arrival counters split attention has: a buffer of its own, zero before each call of `decode` and after,
+// which is checked on the CPU.
 size_t counter_count(const Model& model, int batch);
 
 // One token a sequence at position[b]; lengths[b] = position[b] + 1. logits: FP32 [batch, vocabulary].

@@ -106,23 +106,31 @@ int matvec(const Matvec& problem, bool dependent, Stream stream);
 size_t matvec_shared_bytes(int rows, int width);
 
 // ---- sampling, on the device ----
+// How tokens are drawn, and where a sequence ends. It lies in device memory, so that one captured launch serves every
+// request. cuda_ext/sampling.py writes it.
+constexpr int kStopTokens = 64;
 struct Sampling {
+    uint64_t seed;
     float temperature;  // 0: greedy
     int top_k;          // 0: all
     float top_p;        // 1: all
-    uint64_t seed;
+    int pad;            // what a finished sequence repeats
+    int stop_count;
+    int stop[kStopTokens];
 };
+static_assert(sizeof(Sampling) == 288 && alignof(Sampling) == 8, "cuda_ext/sampling.py packs it so");
+
 // tokens[b] = drawn from logits[b, :vocabulary] (rows ld_logits apart). The draw depends on seed, row and
 // step[b] alone (Philox 4x32-10, Salmon et al. 2011), not on the batch around it or the launch geometry.
 // Then step[b] += 1 where step != nullptr. Ties: the lower token. Fastest where rows begin at 16-byte addresses.
-int sample(const float* logits, int ld_logits, int vocabulary, int batch, const Sampling& how, int* step, int* tokens,
+int sample(const float* logits, int ld_logits, int vocabulary, int batch, const Sampling* how, int* step, int* tokens,
            Stream stream);
 
-// What follows a sampled token, without the host: finished[b] |= token is one of stop; finished rows repeat
-// pad; history[b, step] = token; position[b] += 1, lengths[b] += 1 (not where finished or at capacity).
+// What follows a sampled token, without the host: finished[b] |= token is one of how->stop; finished rows repeat
+// how->pad; history[b, step] = token; position[b] += 1, lengths[b] += 1 (not where finished or at capacity).
 struct Advance {
     int* tokens; int* position; int* lengths; int* step; int* finished; int* history;
-    const int* stop; int stop_count; int pad; int batch; int history_capacity; int capacity;
+    const Sampling* how; int batch; int history_capacity; int capacity;
 };
 int advance(const Advance& state, Stream stream);
 

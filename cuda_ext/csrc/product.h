@@ -1,21 +1,27 @@
-// A matrix product by any way there is: our tiles first, then cuBLASLt's choices.
+// A matrix product by any way there is: our tiles, or an algorithm of cuBLASLt's.
 #pragma once
 
 #include "cublaslt.h"
 
 namespace headroom {
 
-// `scratch`: kCublasLtBytes. Returns 0, a CUDA error, or kCublasLtCannot.
-inline int product(const Gemm& problem, int way, void* scratch, Stream stream) {
-    const int ours = gemm_variants();
-    return way < ours ? gemm(problem, way, stream) : cublaslt_gemm(problem, way - ours, scratch, stream);
-}
+// One of gemm's variants; or, where `variant` is -1, cuBLASLt's algorithm.
+struct Way {
+    int variant;
+    Algorithm algorithm;
+};
 
-inline int product_ways() { return gemm_variants() + (cublaslt_is_there() ? kCublasLtChoices : 0); }
+// The variant where nothing was measured: the largest tile that still gives a large GPU's multiprocessors something to
+// do each.
+int variant_for(int m, int n);
 
-inline const char* product_way_name(int way) {
-    static const char* const names[kCublasLtChoices] = {"cuBLASLt 1", "cuBLASLt 2", "cuBLASLt 3", "cuBLASLt 4"};
-    return way < gemm_variants() ? gemm_variant_name(way) : names[way - gemm_variants()];
+constexpr int kNoVariant = -4;
+
+// `scratch`: kCublasLtBytes. Returns 0, a CUDA error, or kCublasLtCannot or kNoVariant, with `out` as it was.
+inline int product(const Gemm& problem, const Way& way, void* scratch, Stream stream) {
+    if (way.variant < -1 || way.variant >= gemm_variants()) return kNoVariant;
+    return way.variant >= 0 ? gemm(problem, way.variant, stream)
+                            : cublaslt_gemm(problem, way.algorithm, scratch, stream);
 }
 
 }  // namespace headroom

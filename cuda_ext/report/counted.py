@@ -131,13 +131,18 @@ def kernels_of(architecture: str) -> Iterator[None]:
     ptx_build.interpreter().hr_ptx_set(b"races", 0)
     ptx_build.interpreter().hr_host_seed(0)
     host_build.use(lambda sources, defines: ptx_build.library(sources, architecture))
-    ops.library.cache_clear()
+    _forget_libraries()
     try:
         yield
     finally:
         host_build.use(None)
-        ops.library.cache_clear()
+        _forget_libraries()
         ptx_build.interpreter().hr_ptx_set(b"races", 1)
+
+
+def _forget_libraries() -> None:
+    ops.library.cache_clear()
+    ops._function.cache_clear()
 
 
 def decode_launches(shape: Shape, batch: int, context: int, gpu: Gpu) -> list[Launch]:
@@ -157,11 +162,12 @@ def persistent_launch(shape: Shape, batch: int, context: int, gpu: Gpu) -> Launc
     persistent = Persistent(engine.table, batch, engine.device, geometry)
     if not persistent.fits(batch):
         return None
-    logits, stop = torch.zeros(batch, shape.vocabulary), torch.zeros(0, dtype=torch.int32)
-    state = engine._state(batch)
+    logits, state = torch.zeros(batch, shape.vocabulary), engine._state(batch)
     for place in state[1:3]:  # position and length of the token to come
         place += 1
-    (launch,) = profiled(lambda: persistent.decode(engine.cache, state, stop, logits, steps=1, greedy=True), gpu)
+    (launch,) = profiled(
+        lambda: persistent.decode(engine.cache, state, engine._sampling, logits, steps=1, greedy=True), gpu
+    )
     return launch
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from cuda_ext import ops
-from cuda_ext.engine import CHUNK_ROWS
+from cuda_ext.memory import chunk
 from cuda_ext.packing import Shape
 
 _HALF, _FLOAT = 2, 4
@@ -43,9 +43,9 @@ def decode(shape: Shape, batch: int, context: int) -> list[Operation]:
 def prefill(shape: Shape, batch: int, length: int) -> list[Operation]:
     """The launches of `length` new tokens a sequence, in the engine's chunks (csrc/model.cpp: prefill)."""
     found = []
-    chunk = max(1, CHUNK_ROWS // batch)
-    for begin in range(0, length, chunk):
-        count = min(chunk, length - begin)
+    together = chunk(batch, length)
+    for begin in range(0, length, together):
+        count = min(together, length - begin)
         found.append(_embedding(shape, batch, count))
         for layer in range(len(shape.heads)):
             found += _layer(shape, layer, batch, count, begin, fused=False)

@@ -2,12 +2,16 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from cuda_ext import CheckpointError, CudaExtError, Engine
+from cuda_ext import CheckpointError, CudaExtError, Engine, memory, ops
+from cuda_ext.engine import _dependent
+from cuda_ext.products import bucket, choose, measuring_bytes
 from cuda_ext.tuning import Tuner
 from pipeline.checkpoint import load_model
 from pipeline.model import CompactGPT2Config, CompactGPT2LMHeadModel
@@ -162,15 +166,21 @@ def test_a_seed_draws_the_same_tokens_again(folder: Path, decode: str) -> None:
     assert first[0] != first[1] and first != engine.generate(ids, 8, temperature=1.0, top_k=40, top_p=0.9, seed=4)
 
 
-def test_trying_ways_to_decode_leaves_what_is_held(folder: Path, tmp_path: Path) -> None:
+def test_trying_ways_to_decode_leaves_what_is_held(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cuda_ext.tuning._ROUNDS", 2)
     ids = torch.randint(2, VOCABULARY, (2, 6))
     plain, tried = (Engine.from_checkpoint(folder, device="cpu", max_batch=2) for _ in range(2))
     calls: list[str] = []
 
-    def clock(run: Callable[[], None], count: int) -> float:
-        run()
-        calls.append(tried._ways[2])
-        return 1.0 if tried._ways[2] == "persistent" else 2.0
+    def clock(run: Callable[[], None], together: int) -> Callable[[], float]:
+        def measure() -> float:
+            run()
+            calls.append(tried._ways[2])
+            return 1.0 if tried._ways[2] == "persistent" else 2.0
+
+        return measure
 
     tried._tuner = Tuner(torch.device("cuda"), tmp_path / "choices", clock)
     tried._tune = lambda rows, head_rows: None  # type: ignore[method-assign]
@@ -178,6 +188,158 @@ def test_trying_ways_to_decode_leaves_what_is_held(folder: Path, tmp_path: Path)
         engine.prefill(ids)
     assert torch.allclose(plain.extend(8), tried.extend(8))
     assert set(calls) == {"eager", "persistent"} and tried._ways == {2: "persistent"}
+
+
+def test_a_persistent_launch_that_was_broken_off_leaves_no_trace(folder: Path) -> None:
+    ids = torch.randint(2, VOCABULARY, (1, 6))
+    engine = Engine.from_checkpoint(folder, device="cpu", decode="persistent")
+    wanted = engine.generate(ids, 5)
+    assert engine._persistent is not None
+    engine._persistent._workspace[:8] = 3
+    assert engine.generate(ids, 5) == wanted
+
+
+class Recorded:
+    """What a CUDA graph holds, on the CPU: launches with the arguments that they were captured with."""
+
+    def __init__(self, step: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
+        self.launches: list[tuple[Callable[..., int], tuple[object, ...]]] = []
+        found = ops._function
+
+        def recording(device: str, name: str) -> Callable[..., int]:
+            def note(*arguments: object) -> int:
+                self.launches.append((found(device, name), arguments))
+                return 0
+
+            return note
+
+        with monkeypatch.context() as patch:
+            patch.setattr(ops, "_function", recording)
+            step()
+
+    def replay(self) -> None:
+        for launch, arguments in self.launches:
+            assert launch(*arguments) == 0
+
+
+ASKED: list[dict[str, Any]] = [
+    {"temperature": 0.9, "seed": 3},
+    {"temperature": 0.9, "seed": 2**63 + 3},
+    {"temperature": 1.4, "top_k": 5, "seed": 3},
+    {"temperature": 1.4, "top_p": 0.6, "seed": 4, "stop": range(40)},
+    {"stop": [7, 9]},
+    {},
+]
+
+
+def test_one_graph_of_a_batch_serves_every_request(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Temperature, filters, seed and stop tokens are not captured; batches have a graph each."""
+    engine = Engine.from_checkpoint(folder, device="cpu", max_batch=2, decode="eager")
+    plain = Engine.from_checkpoint(folder, device="cpu", max_batch=2, decode="eager")
+    captured: list[Recorded] = []
+
+    def capture(step: Callable[[], None]) -> Any:
+        captured.append(Recorded(step, monkeypatch))
+        return captured[-1]
+
+    monkeypatch.setattr(engine, "_capture", capture)
+    engine._ways = {1: "graph", 2: "graph"}
+    ids = torch.randint(2, VOCABULARY, (2, 6))
+    drawn = []
+    for how in ASKED:
+        for batch in (2, 1)[: 1 + (how in ASKED[:2])]:
+            got = engine.generate(ids[:batch], 5, **how)
+            assert got == plain.generate(ids[:batch], 5, **how), how
+            drawn.append(got)
+    for _ in range(2):
+        logits = [(e.prefill(ids), e.decode(ids[:, 0]))[1].clone() for e in (engine, plain)]
+        assert torch.equal(*logits)
+    assert sorted(engine._graphs) == [("forward", 2), ("step", 1), ("step", 2)]
+    assert len(captured) == 3 and all(graph.launches for graph in captured)
+    assert len({str(tokens) for tokens in drawn}) > 5  # the requests do differ
+
+
+@pytest.mark.parametrize(("decode", "how"), [("eager", ASKED[3]), ("eager", ASKED[4]), ("persistent", ASKED[4])])
+def test_stop_tokens_end_a_sequence(folder: Path, decode: str, how: dict[str, Any]) -> None:
+    ids = torch.randint(2, VOCABULARY, (2, 6))
+    engine = Engine.from_checkpoint(folder, device="cpu", max_batch=2, decode=decode)
+    free = engine.generate(ids, 9, **{**how, "stop": ()})
+    stop = [free[0][3], *range(VOCABULARY, VOCABULARY + 63)]  # 64 are the most
+    for got, all_tokens in zip(engine.generate(ids, 9, **{**how, "stop": stop}), free, strict=True):
+        end = all_tokens.index(stop[0]) + 1 if stop[0] in all_tokens else 9
+        assert got == all_tokens[:end]
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ({"temperature": -1.0}, "temperature is -1.0; give 0"),
+        ({"temperature": float("nan")}, "temperature is nan; give 0"),
+        ({"temperature": float("inf")}, "temperature is inf; give 0"),
+        ({"temperature": 1e300}, "temperature is 1e"),
+        ({"top_k": -2}, "top_k is -2; give 0"),
+        ({"top_p": 0.0}, "top_p is 0.0; give more than 0"),
+        ({"top_p": 1.5}, "top_p is 1.5; give more than 0"),
+        ({"stop": range(65)}, "65 stop tokens; 64 are the most"),
+        ({"stop": [2**31]}, "stop holds 2147483648"),
+    ],
+)
+def test_requests_that_cannot_be(folder: Path, how: dict[str, Any], said: str) -> None:
+    engine = Engine.from_checkpoint(folder, device="cpu")
+    with pytest.raises(CudaExtError, match=said):
+        engine.generate(torch.ones(1, 3, dtype=torch.long), 2, **how)
+
+
+def test_counts_that_cannot_be(folder: Path) -> None:
+    engine = Engine.from_checkpoint(folder, device="cpu", max_context=8)
+    with pytest.raises(CudaExtError, match="nothing to go on from"):
+        engine.extend(1)
+    engine.prefill(torch.ones(1, 3, dtype=torch.long))
+    for count in (0, -1):
+        with pytest.raises(CudaExtError, match=f"count is {count}; give 1 or more"):
+            engine.extend(count)
+        with pytest.raises(CudaExtError, match=f"max_new_tokens is {count}; give 1 or more"):
+            engine.generate(torch.ones(1, 3, dtype=torch.long), count)
+    with pytest.raises(CudaExtError, match="over the context of 8"):
+        engine.extend(6)
+    assert engine.extend(5).shape == (1, 5)
+
+
+def test_the_smallest_temperatures_take_the_likeliest_token(folder: Path) -> None:
+    engine = Engine.from_checkpoint(folder, device="cpu")
+    ids = torch.randint(2, VOCABULARY, (1, 6))
+    wanted = engine.generate(ids, 4)
+    assert all(engine.generate(ids, 4, temperature=t, top_p=p) == wanted for t, p in ((1e-45, 1.0), (1e-30, 1e-60)))
+
+
+def test_a_switch_turns_dependent_launches_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = torch.device("cuda:0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert _dependent(gpu, None) and _dependent(gpu, True) and not _dependent(gpu, False)
+    assert _dependent(torch.device("cpu"), None) and not _dependent(torch.device("cpu"), False)
+    monkeypatch.setenv("HEADROOM_CUDA_DEPENDENT", "0")
+    assert not _dependent(gpu, None) and _dependent(gpu, True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert not _dependent(gpu, None)
+    with pytest.raises(CudaExtError, match=r"dependent is True, but cuda:0 has no dependent launches"):
+        _dependent(gpu, True)
+
+
+def test_products_are_tuned_for_the_rows_that_they_have(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine.from_checkpoint(folder, device="cpu", max_batch=10)
+    tuned: list[tuple[int, int]] = []
+
+    def choose(packed: object, weights: object, rows: int, head_rows: int, *_: object) -> list[object]:
+        tuned.append((rows, head_rows))
+        return []
+
+    monkeypatch.setattr("cuda_ext.engine.choose", choose)
+    engine._tuner.active = True
+    engine.forward(torch.ones(2, 20, dtype=torch.long))
+    engine.prefill(torch.ones(2, 20, dtype=torch.long))
+    engine.prefill(torch.ones(2, 3, dtype=torch.long))
+    engine.prefill(torch.ones(10, 3, dtype=torch.long))
+    assert tuned == [(64, 64), (64, 0), (32, 16)]
 
 
 def test_mistakes_are_one_sentence(folder: Path) -> None:
@@ -228,3 +390,40 @@ def test_damaged_checkpoints(folder: Path, tmp_path: Path) -> None:
     ]:
         with pytest.raises(CheckpointError, match=said):
             Engine.from_checkpoint(path, device="cpu")
+
+
+@pytest.mark.parametrize(("decode", "batch"), [("persistent", 3), ("eager", 9)])
+def test_memory_is_what_was_planned(folder: Path, decode: str, batch: int) -> None:
+    """All that an engine holds on its device is weights, cache, and what memory.plan counts."""
+    engine = Engine.from_checkpoint(folder, device="cpu", max_batch=batch, max_context=40, decode=decode)
+    engine.generate(torch.ones(batch, 3, dtype=torch.long), 4)
+    holders = [engine, engine._persistent]
+    tensors = [
+        value for holder in holders if holder for value in vars(holder).values() if isinstance(value, torch.Tensor)
+    ]
+    own = [tensor for tensor in tensors if tensor is not engine.table and tensor is not engine.weights]
+    packed = replace(engine._packed, weights=engine.weights.to("meta"))
+    planned = memory.plan(packed, batch, 40, engine.device, persistent=decode == "persistent")
+    assert memory.held(own) == engine.cache.nbytes + sum(planned.values())
+
+
+def test_memory_of_measuring_is_bounded(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """In the workspace, if it is large enough, and else in as much memory as is said."""
+    engine = Engine.from_checkpoint(folder, device="cpu", max_batch=12)
+    seen: list[tuple[int, int]] = []
+
+    def product(a: torch.Tensor, weight: object, bias: object, out: torch.Tensor, *_: Any) -> None:
+        storage = a.untyped_storage()
+        assert storage.data_ptr() == out.untyped_storage().data_ptr()
+        assert a.data_ptr() % 256 == out.data_ptr() % 256 == 0 or storage.data_ptr() % 256
+        seen.append((storage.data_ptr(), storage.nbytes()))
+
+    monkeypatch.setattr(ops, "product", product)
+    for room in (engine.workspace, engine.workspace[:100].clone()):
+        tuner = Tuner(torch.device("cuda"), tmp_path / str(room.numel()), lambda run, together: (run(), lambda: 1.0)[1])
+        choose(engine._packed, engine.weights, bucket(12 * CONTEXT), bucket(12), tuner, room)
+        if room is engine.workspace:
+            assert {place for place, _ in seen} == {room.data_ptr()}
+            assert memory.measuring(engine._packed, 12, CONTEXT, engine.device) == 0
+            seen.clear()
+    assert max(size for _, size in seen) == measuring_bytes(engine._packed, 12 * CONTEXT, 12, "cpu")

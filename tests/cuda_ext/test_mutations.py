@@ -15,7 +15,7 @@ import pytest
 from cuda_ext import host_build
 
 HERE = Path(__file__).parent
-pytestmark = pytest.mark.thorough
+pytestmark = [pytest.mark.thorough, pytest.mark.host_runtime]
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class Mutation:
 BLOCK_SUM = "test_host_runtime.py -k block_sum"
 NORM = "test_norm_and_embedding.py -k test_layer_norm"
 EMBED = "test_norm_and_embedding.py -k test_embedding"
+CUBLASLT = "test_cublaslt.py"
 ADVANCE = "test_sample.py -k test_after_a_token"
 GEMM = "test_gemm.py -k any_order"
 PREFILL = "test_attention.py -k behind_a_past"
@@ -78,7 +79,7 @@ MUTATIONS = {
         "kernels/kv_append.cu", "i >= q_width + kv_width;", "i > q_width + kv_width;", PREFILL_HEADS
     ),
     "advance: later in the history": Mutation("kernels/advance.cu", "step[row] - 1", "step[row]", ADVANCE),
-    "advance: overlooks a stop token": Mutation("kernels/advance.cu", "s.stop_count", "s.stop_count - 1", ADVANCE),
+    "advance: overlooks a stop token": Mutation("kernels/advance.cu", "->stop_count;", "->stop_count - 1;", ADVANCE),
     "gemm: reads a stage that is not there for all": Mutation(
         "kernels/gemm.cu", "sync_block();", "", GEMM, after="cp_async_wait<T::STAGES - 2>"
     ),
@@ -184,6 +185,18 @@ MUTATIONS = {
     ),
     "sample: the argmax before all warps wrote": Mutation(
         "kernels/sample.cu", "sync_block();", "", SAMPLE, after="keys[kWarps + warp_id()] ="
+    ),
+    "cublaslt: algorithms that can do the largest size alone": Mutation(
+        "cublaslt.cpp", "part.m >= fewest", "part.m >= p.m", f"{CUBLASLT} -k whole_bucket"
+    ),
+    "cublaslt: one handle for all devices": Mutation(
+        "cublaslt.cpp", "handles[current_device()]", "handles[0]", f"{CUBLASLT} -k handle"
+    ),
+    "model: a refusal ends the prefill": Mutation(
+        "model.cpp", "error == kCublasLtCannot", "error == kNoVariant", f"{CUBLASLT} -k goes_on"
+    ),
+    "api: a product on the current device": Mutation(
+        "api.cpp", "guard(device)", "guard(0)", f"{CUBLASLT} -k handle", after="int hr_product("
     ),
     "sample: draws before all threads offered": Mutation(
         "kernels/sample.cu", "sync_block();", "", SAMPLE, after="atomic_min(drawn"

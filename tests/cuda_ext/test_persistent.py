@@ -15,6 +15,7 @@ from heads import angles_of, kv_head_of, turned
 from torch.nn.functional import gelu, layer_norm, linear
 
 from cuda_ext.host_build import host_library
+from cuda_ext.sampling import Sampling
 
 SHIM = Path(__file__).parent / "shims" / "persistent.cpp"
 SOURCES: list[str | Path] = ["kernels/decode_persistent.cu", SHIM]
@@ -131,7 +132,7 @@ class Decoder:
         batch, vocabulary = model.batch, model.sizes.vocabulary
         self.tokens, self.position, self.lengths, self.step, self.finished = torch.zeros(5, batch, dtype=torch.int32)
         self.history = torch.full((batch, 6), -1, dtype=torch.int32)
-        self.stop = torch.tensor(stop, dtype=torch.int32)
+        self.how = Sampling(stop=stop, pad=PAD).packed()
         self.logits = torch.full((batch, vocabulary + 3), NAN)
         library.hr_test_persistent_workspace.restype = ctypes.c_int64
         library.hr_test_persistent_layer_bytes.restype = ctypes.c_int64
@@ -164,7 +165,7 @@ class Decoder:
         numbers += [model.batch, s.capacity]
         state = (self.tokens, self.position, self.lengths, self.step, self.finished, self.history)
         numbers += [part.data_ptr() if self.greedy or i < 2 else 0 for i, part in enumerate(state)]
-        numbers += [self.history.shape[1], self.stop.data_ptr(), len(self.stop), PAD, self.greedy]
+        numbers += [self.history.shape[1], self.how.data_ptr(), self.greedy]
         numbers += [self.logits.data_ptr(), self.logits.shape[1], self.workspace.data_ptr()]
         numbers += [shape.blocks, shape.threads, shape.splits, shape.shared_bytes, shape.work]
         numbers += [self.table.data_ptr(), len(model.layers)]

@@ -1,11 +1,12 @@
 """Sampling on the CPU: transformers' own warpers say which tokens may come and how often."""
 
-import ctypes
 from typing import Any
 
 import pytest
 import torch
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from cuda_ext.sampling import Sampling
 
 NAN = float("nan")
 
@@ -17,9 +18,8 @@ def draw(
     padded = torch.full((batch, vocabulary + 3), NAN)
     padded[:, :vocabulary] = logits
     steps, tokens = torch.full((batch,), step, dtype=torch.int32), torch.full((batch,), -1, dtype=torch.int32)
-    ops.sample(
-        padded, vocabulary + 3, vocabulary, batch, temperature, top_k, top_p, ctypes.c_uint64(seed), steps, tokens
-    )
+    how = Sampling(temperature, top_k, top_p, seed).packed()
+    ops.sample(padded, vocabulary + 3, vocabulary, batch, how, steps, tokens)
     assert (steps == step + 1).all()
     return tokens.long()
 
@@ -110,7 +110,8 @@ def test_after_a_token(ops: Any) -> None:
 
     tokens, position, lengths = ints(5, 7, 9, 1), ints(3, 4, 5, 9), ints(4, 5, 6, 10)
     step, finished, history = ints(1, 2, 2, 1), ints(0, 0, 1, 0), torch.full((4, 3), -1, dtype=torch.int32)
-    ops.advance(tokens, position, lengths, step, finished, history, ints(8, 7), 2, 0, 4, 3, 10)
+    how = Sampling(stop=(8, 7)).packed()
+    ops.advance(tokens, position, lengths, step, finished, history, how, 4, 3, 10)
     assert tokens.tolist() == [5, 7, 0, 1]  # a finished sequence goes on with padding
     assert finished.tolist() == [0, 1, 1, 1]  # as before, a stop token, long since, no room
     assert position.tolist() == [4, 5, 5, 9] and lengths.tolist() == [5, 6, 6, 10]

@@ -8,6 +8,7 @@ import pytest
 from cuda_ext import host_build
 from cuda_ext.host_build import run_sanitized
 
+pytestmark = pytest.mark.host_runtime
 HERE = Path(__file__).parent
 # What these test is the machinery around the kernels, with faults made on purpose.
 NOT_HERE = ("test_sanitized.py", "test_mutations.py", "test_host_runtime.py", "test_build.py")

@@ -7,6 +7,8 @@ import torch
 
 from cuda_ext import Engine, ops
 from cuda_ext.engine import DECODE
+from cuda_ext.sampling import Sampling
+from cuda_ext.tuning import by_graphs
 from pipeline.model import CompactGPT2Config, CompactGPT2LMHeadModel
 
 pytestmark = [
@@ -136,17 +138,17 @@ def test_memory_is_weights_cache_and_little_else(folder: Path) -> None:
     assert torch.cuda.max_memory_allocated() - before <= planned + 64 * 2**20
 
 
-def sampling(batch: int = 3) -> tuple[object, ...]:
+def sampling(batch: int = 3) -> tuple[torch.Tensor, ...]:
     logits = torch.randn(batch, VOCABULARY, device=DEVICE)
     step, drawn = (torch.zeros(batch, dtype=torch.int32, device=DEVICE) for _ in range(2))
-    return logits, step, drawn, 0.7, 20, 0.9, 5
+    return logits, Sampling(0.7, 20, 0.9, 5).packed().to(DEVICE), step, drawn
 
 
 def advancing(batch: int = 3) -> tuple[object, ...]:
     ints = [torch.zeros(batch, dtype=torch.int32, device=DEVICE) for _ in range(5)]
     ints[3] += 1
     history = torch.zeros(batch, 8, dtype=torch.int32, device=DEVICE)
-    return *ints, history, torch.tensor([7], dtype=torch.int32, device=DEVICE), 0, 100
+    return *ints, history, Sampling(stop=(7,)).packed().to(DEVICE), 100
 
 
 @pytest.mark.parametrize("name", ["sample", "advance"])
@@ -157,19 +159,70 @@ def test_opcheck(name: str) -> None:
 
 def test_an_op_in_a_callers_own_graph() -> None:
     """Captured among torch's kernels on torch's capture stream, and replayed over new inputs."""
-    logits, step, drawn, *how = sampling()
-    assert isinstance(logits, torch.Tensor) and isinstance(step, torch.Tensor) and isinstance(drawn, torch.Tensor)
-    ops.sample(logits, step, drawn, *how)  # type: ignore[arg-type]
+    logits, how, step, drawn = sampling()
+    ops.sample(logits, how, step, drawn)
     graph = torch.cuda.CUDAGraph()
     step.zero_()
     with torch.cuda.graph(graph):
         scaled = logits * 2
-        ops.sample(scaled, step, drawn, *how)  # type: ignore[arg-type]
+        ops.sample(scaled, how, step, drawn)
     for seed in range(3):
         logits.copy_(torch.randn(logits.shape, generator=torch.Generator().manual_seed(seed)))
         step.zero_()
         graph.replay()
         got = drawn.clone()
         step.zero_()
-        ops.sample(logits * 2, step, drawn, *how)  # type: ignore[arg-type]
+        ops.sample(logits * 2, how, step, drawn)
         assert torch.equal(got, drawn)
+
+
+@pytest.mark.parametrize("mode", DECODE)
+def test_one_graph_of_a_batch_serves_every_request(folder: Path, mode: str) -> None:
+    """Requests that differ in all their parameters draw what an engine of their own does, from two graphs at most."""
+    engine = Engine.from_checkpoint(folder, device=DEVICE, max_batch=2, decode=mode)
+    for how in ({"temperature": 0.9, "seed": 3}, {"temperature": 1.4, "top_k": 5, "seed": 2**63}, {}, {"stop": [7, 9]}):
+        alone = Engine.from_checkpoint(folder, device=DEVICE, max_batch=2, decode=mode)
+        wanted = alone.generate(tokens(2, 20), 30, **how)  # type: ignore[arg-type]
+        assert engine.generate(tokens(2, 20), 30, **how) == wanted  # type: ignore[arg-type]
+    assert len(engine._graphs) <= 1
+
+
+def test_requests_that_wait_on_a_stream_keep_their_parameters(folder: Path) -> None:
+    engine = Engine.from_checkpoint(folder, device=DEVICE, decode="graph")
+    asked = [{"temperature": 1.3, "seed": seed} for seed in range(3)]
+
+    def draw() -> list[torch.Tensor]:
+        drawn = []
+        for how in asked:
+            engine.prefill(tokens(1, 9))
+            drawn.append(engine.extend(12, **how))  # type: ignore[arg-type]
+        return drawn
+
+    wanted = draw()
+    torch.cuda.synchronize()
+    torch.cuda._sleep(LONG)  # the host is far ahead
+    assert all(torch.equal(a, b) for a, b in zip(draw(), wanted, strict=True))
+    assert not torch.equal(wanted[0], wanted[1])
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+@pytest.mark.parametrize("mode", DECODE)
+def test_another_device_than_the_current_one(folder: Path, mode: str) -> None:
+    ids, found = tokens(2, 30), []
+    for device in ("cuda:0", "cuda:1"):
+        engine = Engine.from_checkpoint(folder, device=device, max_batch=2, decode=mode)
+        found.append(engine.generate(ids, 40))
+        assert torch.cuda.current_device() == 0
+    assert found[0] == found[1]
+
+
+def test_the_tuner_times_the_device_and_not_the_host() -> None:
+    """A kernel of known length, however long the host takes to ask for it."""
+
+    def short() -> None:
+        for _ in range(20_000):
+            pass
+        torch.cuda._sleep(10_000)
+
+    a, b = (by_graphs(lambda n=n: torch.cuda._sleep(n), 20)() for n in (10_000, 40_000))
+    assert 2 < b / a < 6 and by_graphs(short, 20)() < 2 * a

@@ -25,7 +25,7 @@ namespace {
 
 constexpr int kRedzone = 256;  // bytes on both sides of shared memory, checked at the block's end
 constexpr unsigned char kRedzoneByte = 0xA5, kPoison = 0xFF;
-constexpr size_t kMaxShared = 227 * 1024;
+constexpr Device kLargeGpu = {.multiprocessors = 132, .shared_bytes = 227 * 1024};
 constexpr uint64_t kPatience = 1 << 24;  // scheduling points without any meeting: somebody spins in vain
 
 // ---- chance ----
@@ -117,6 +117,15 @@ struct Grid {
     size_t threads = 0, arrived = 0, done = 0;
     uint64_t idle = 0;
 };
+
+// ---- devices ----
+
+constexpr size_t kMostDevices = 8;
+std::vector<Device> devices = {kLargeGpu};
+int current_number = 0;
+char streams[kMostDevices];  // their addresses alone are used
+
+// ---- the launch that runs ----
 
 std::mutex one_launch;
 std::vector<Context> stacks;  // kept from launch to launch
@@ -426,6 +435,10 @@ void fail(const char* format, ...) {
     __builtin_unreachable();
 }
 
+const Device& device() {
+    return devices[static_cast<size_t>(current_number)];
+}
+
 unsigned char* shared_memory() {
     return current->block->shared;
 }
@@ -607,10 +620,14 @@ int run(const Launch& how, const std::function<void()>& thread) {
     const size_t threads = size_t{how.block.x} * how.block.y * how.block.z;
     const size_t blocks = size_t{how.grid.x} * how.grid.y * how.grid.z;
     if (threads == 0 || threads > 1024 || how.block.z > 64 || blocks == 0 || how.grid.y > 65535 || how.grid.z > 65535 ||
-        how.shared_bytes > kMaxShared) {
+        how.shared_bytes > device().shared_bytes) {
         error = "launch of " + std::to_string(blocks) + " blocks of " + std::to_string(threads) + " threads with " +
                 std::to_string(how.shared_bytes) + " bytes of shared memory: no GPU takes that";
         return kHostBadConfiguration;
+    }
+    if (how.stream != nullptr && how.stream != hr_host_stream(current_number)) {
+        error = "a launch on another device's stream while device " + std::to_string(current_number) + " is current";
+        return kHostBadHandle;
     }
     Grid here{.how = how, .body = thread, .blocks = {}, .ready = {}};
     grid = &here;
@@ -623,6 +640,34 @@ int run(const Launch& how, const std::function<void()>& thread) {
 }
 
 }  // namespace headroom::host
+
+int headroom::set_device(int device) {
+    using namespace headroom::host;
+    if (device < 0 || static_cast<size_t>(device) >= devices.size()) {
+        error = "there is no device " + std::to_string(device);
+        return kHostBadDevice;
+    }
+    current_number = device;
+    return 0;
+}
+
+void hr_host_devices(int count, const int* multiprocessors, const int* shared_bytes) {
+    using namespace headroom::host;
+    devices.clear();
+    for (int i = 0; i < count && devices.size() < kMostDevices; ++i) {
+        devices.push_back({.multiprocessors = multiprocessors[i], .shared_bytes = static_cast<size_t>(shared_bytes[i])});
+    }
+    if (devices.empty()) devices.push_back(kLargeGpu);
+    current_number = 0;
+}
+
+int hr_host_device() {
+    return headroom::host::current_number;
+}
+
+void* hr_host_stream(int device) {
+    return &headroom::host::streams[device];
+}
 
 void hr_host_seed(uint64_t seed) {
     using namespace headroom::host;

@@ -121,6 +121,12 @@ extern "C" {
 void hr_host_seed(uint64_t seed);
 // What went wrong since then, or "". After a fault every further launch is refused, as on a GPU.
 const char* hr_host_error();
+// From now on there are `count` devices (one, of 132 multiprocessors and 227 KiB, until this is called); the first is
+// current.
+void hr_host_devices(int count, const int* multiprocessors, const int* shared_bytes);
+int hr_host_device();  // the current one
+// A stream of a device, which takes launches while that device is current; a null stream is the current device's.
+void* hr_host_stream(int device);
 }
 
 namespace headroom {
@@ -136,6 +142,8 @@ struct Launch {
 };
 
 constexpr int kHostBadConfiguration = 9;  // cudaErrorInvalidConfiguration
+constexpr int kHostBadDevice = 101;       // cudaErrorInvalidDevice
+constexpr int kHostBadHandle = 400;       // cudaErrorInvalidResourceHandle
 constexpr int kHostFault = 719;           // cudaErrorLaunchFailure
 
 namespace host {
@@ -148,6 +156,11 @@ struct Exchange {
 };
 
 int run(const Launch& how, const std::function<void()>& thread);
+struct Device {
+    int multiprocessors;
+    size_t shared_bytes;  // of a block, at most
+};
+const Device& device();  // the current one
 [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
 unsigned char* shared_memory();
@@ -329,16 +342,21 @@ HR_DEVICE void grid_barrier(unsigned* counter, unsigned round) {
 HR_DEVICE void wait_for_previous_launch() {}
 HR_DEVICE void let_next_launch_begin() {}
 
-inline size_t most_shared_bytes() {
-    return 227 * 1024;
+inline int current_device() {
+    return hr_host_device();
 }
-// There is room for any number of fibers; as many as a large GPU has multiprocessors are said to fit.
+int set_device(int device);  // returns 0 or kHostBadDevice
+
+inline size_t most_shared_bytes() {
+    return host::device().shared_bytes;
+}
+// There is room for any number of fibers; one block a multiprocessor is said to fit.
 template <typename... Params>
 int cooperative_blocks(void (*)(Params...), int threads, size_t shared_bytes) {
-    return threads <= 1024 && shared_bytes <= most_shared_bytes() ? 132 : 0;
+    return threads <= 1024 && shared_bytes <= most_shared_bytes() ? host::device().multiprocessors : 0;
 }
 
-// Returns 0, kHostBadConfiguration or kHostFault.
+// Returns 0, kHostBadConfiguration, kHostBadHandle or kHostFault.
 template <typename... Params, typename... Args>
 int launch(const Launch& how, void (*kernel)(Params...), Args&&... args) {
     const std::tuple<Params...> parameters(std::forward<Args>(args)...);

@@ -8,13 +8,13 @@ HR_KERNEL void advance_kernel(Advance s) {
     const int row = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
     if (row >= s.batch) return;
     const bool over = s.finished[row] != 0;
-    const int token = over ? s.pad : s.tokens[row];
+    const int token = over ? s.how->pad : s.tokens[row];
     s.tokens[row] = token;
     const int place = s.step[row] - 1;  // `sample` has counted this token already
     if (place >= 0 && place < s.history_capacity) s.history[static_cast<int64_t>(row) * s.history_capacity + place] = token;
     if (over) return;
-    for (int i = 0; i < s.stop_count; ++i) {
-        if (token == s.stop[i]) s.finished[row] = 1;
+    for (int i = 0; i < s.how->stop_count; ++i) {
+        if (token == s.how->stop[i]) s.finished[row] = 1;
     }
     if (s.position[row] + 1 < s.capacity) {
         s.position[row] += 1;

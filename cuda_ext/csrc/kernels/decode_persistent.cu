@@ -4,8 +4,8 @@
 // projection; LayerNorm and fc with GELU; its projection. A block owns the same rows of a matrix in every token, and
 // so the same columns of the residual stream, which stay in its shared memory; others read its copy in device memory.
 // A row's tiles are multiplied by several warps and added in one order: no atomics, the same bits every time.
-// Weights come through persistent/weight_ring.h, so the memory pipe runs on through barriers; what a phase needs
-// besides (gains, biases) is loaded before it has to wait.
+// Weights come through persistent/weight_ring.h, so the memory pipe runs on through barriers. LayerNorm's gains and
+// shifts are loaded before the barrier that they stand behind; biases are not, they are asked for as a product begins.
 #include "../persistent/attention.h"
 #include "../persistent/block.h"
 #include "../persistent/next_token.h"

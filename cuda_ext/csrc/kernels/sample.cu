@@ -108,12 +108,16 @@ HR_DEVICE float total_share(const Row& row, uint32_t floor, float highest, float
 }
 
 HR_KERNEL void HR_LAUNCH_BOUNDS(kThreads, 1)
-    sample_kernel(const float* logits, int ld_logits, int vocabulary, Sampling how, int* step, int* tokens) {
+    sample_kernel(const float* logits, int ld_logits, int vocabulary, const Sampling* how, int* step, int* tokens) {
     HR_SHARED(float, scratch);
     const int thread = static_cast<int>(threadIdx.x), batch_row = static_cast<int>(blockIdx.x);
     const Row row{logits + static_cast<int64_t>(batch_row) * ld_logits, vocabulary, scratch,
                   ld_logits % 4 == 0 && reinterpret_cast<uintptr_t>(logits) % 16 == 0};
     wait_for_previous_launch();
+    // Asked for before the logits, so that they are there when the argmax is.
+    const float temperature = how->temperature, top_p = how->top_p;
+    const int top_k = how->top_k, at = step != nullptr ? step[batch_row] : 0;
+    const uint64_t seed = how->seed;
 
     // The highest logit, the lower token where two tie.
     uint32_t best = 0;
@@ -139,20 +143,19 @@ HR_KERNEL void HR_LAUNCH_BOUNDS(kThreads, 1)
         if (keys[w] > best || (keys[w] == best && token < best_token)) best = keys[w], best_token = token;
     }
     sync_block();
-    const int at = step != nullptr ? step[batch_row] : 0;
     int chosen = best_token;
 
-    if (how.temperature > 0.0f) {
-        const float highest = row.logit(best_token), scale = 1.0f / how.temperature;
+    if (temperature > 0.0f) {
+        const float highest = row.logit(best_token), scale = 1.0f / temperature;
         uint32_t floor = order(-INFINITY) + 1;  // what has no probability is never drawn
-        if (how.top_k > 0 && how.top_k < vocabulary)
-            floor = max(floor, threshold<false>(row, static_cast<float>(how.top_k), floor, 0.0f, 0.0f));
+        if (top_k > 0 && top_k < vocabulary)
+            floor = max(floor, threshold<false>(row, static_cast<float>(top_k), floor, 0.0f, 0.0f));
         const int run = ceil_div(vocabulary, kThreads);
         const int begin = min(thread * run, vocabulary), end = min(begin + run, vocabulary);
         float mine;
         float total = total_share(row, floor, highest, scale, begin, end, mine);
-        if (how.top_p < 1.0f) {
-            floor = max(floor, threshold<true>(row, how.top_p * total, floor, highest, scale));
+        if (top_p < 1.0f) {
+            floor = max(floor, threshold<true>(row, top_p * total, floor, highest, scale));
             total = total_share(row, floor, highest, scale, begin, end, mine);
         }
         // Runs before this thread's: within the warp by shuffles, then whole warps.
@@ -173,7 +176,7 @@ HR_KERNEL void HR_LAUNCH_BOUNDS(kThreads, 1)
         past += lane_id() > 0 ? of_lane_before : 0.0f;
 
         const uint32_t bits = philox(static_cast<uint32_t>(at), static_cast<uint32_t>(batch_row), 0, 0,
-                                     static_cast<uint32_t>(how.seed), static_cast<uint32_t>(how.seed >> 32));
+                                     static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
         const float point = static_cast<float>(bits >> 8) * 0x1p-24f * total;
         // The first token, in this thread's run, whose sum passes the point. Runs abut but for rounding: the lowest
         // token that any thread finds is taken, and the best one where rounding lets the point past all.
@@ -198,7 +201,7 @@ HR_KERNEL void HR_LAUNCH_BOUNDS(kThreads, 1)
 
 }  // namespace
 
-int sample(const float* logits, int ld_logits, int vocabulary, int batch, const Sampling& how, int* step, int* tokens,
+int sample(const float* logits, int ld_logits, int vocabulary, int batch, const Sampling* how, int* step, int* tokens,
            Stream stream) {
     const dim3 grid(static_cast<unsigned>(batch));
     const size_t shared = kDigits * kWarps * sizeof(float);

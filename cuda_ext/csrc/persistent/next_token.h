@@ -58,9 +58,9 @@ HR_DEVICE void pick(const Block& b) {
         if (lane_id() != 0) continue;
         State& s = b.state();
         const bool over = s.finished[r] != 0;
-        const int token = over ? out.pad : static_cast<int>(best.token), place = s.step[r];
+        const int token = over ? out.how->pad : static_cast<int>(best.token), place = s.step[r];
         bool ends = over;
-        for (int i = 0; i < out.stop_count; ++i) ends = ends || token == out.stop[i];
+        for (int i = 0; i < out.how->stop_count; ++i) ends = ends || token == out.how->stop[i];
         const bool room = s.position[r] + 1 < out.capacity;
         s.token[r] = token;
         s.step[r] = place + 1;

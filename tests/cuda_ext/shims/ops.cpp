@@ -66,15 +66,14 @@ int hr_matvec(const void* x, int ld_x, const half* gain, const half* shift, floa
     return matvec(p, false, nullptr);
 }
 
-int hr_sample(const float* logits, int ld_logits, int vocabulary, int batch, float temperature, int top_k, float top_p,
-              uint64_t seed, int* step, int* tokens) {
-    return sample(logits, ld_logits, vocabulary, batch, {temperature, top_k, top_p, seed}, step, tokens, nullptr);
+int hr_sample(const float* logits, int ld_logits, int vocabulary, int batch, const Sampling* how, int* step,
+              int* tokens) {
+    return sample(logits, ld_logits, vocabulary, batch, how, step, tokens, nullptr);
 }
 
-int hr_advance(int* tokens, int* position, int* lengths, int* step, int* finished, int* history, const int* stop,
-               int stop_count, int pad, int batch, int history_capacity, int capacity) {
-    return advance({tokens, position, lengths, step, finished, history, stop, stop_count, pad, batch, history_capacity,
-                    capacity},
+int hr_advance(int* tokens, int* position, int* lengths, int* step, int* finished, int* history, const Sampling* how,
+               int batch, int history_capacity, int capacity) {
+    return advance({tokens, position, lengths, step, finished, history, how, batch, history_capacity, capacity},
                    nullptr);
 }
 }

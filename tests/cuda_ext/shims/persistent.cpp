@@ -27,7 +27,7 @@ PersistentDecode read(const int64_t* numbers, float epsilon) {
     s.batch = r.number(), s.capacity = r.number();
     s.tokens = r.address<int>(), s.position = r.address<int>(), s.lengths = r.address<int>(), s.step = r.address<int>();
     s.finished = r.address<int>(), s.history = r.address<int>(), s.history_capacity = r.number();
-    s.stop = r.address<int>(), s.stop_count = r.number(), s.pad = r.number();
+    s.how = r.address<Sampling>();
     p.greedy = r.number() != 0;
     p.logits = r.address<float>(), p.ld_logits = r.number(), p.workspace = r.address<void>();
     p.blocks = r.number(), p.threads = r.number(), p.splits = r.number();
