@@ -16,13 +16,18 @@ State = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 class Geometry:
     """Threads, blocks for each batch that fits, and the size of the workspace that serves all of them."""
 
-    def __init__(self, table: Tensor, max_batch: int, device: torch.device) -> None:
+    def __init__(
+        self, table: Tensor, max_batch: int, device: torch.device, wanted: tuple[int, int] | None = None
+    ) -> None:
+        """`wanted`: blocks and threads; None: what the device holds at once."""
         kind = device.type
-        self.threads = _THREADS[kind]
+        self.threads = _THREADS[kind] if wanted is None else wanted[1]
         self.blocks = {}
         for batch in range(1, min(max_batch, ops.PERSISTENT_BATCH) + 1):
             blocks = ops.persistent_blocks(table, batch, self.threads, device)
-            if blocks:
+            if blocks and wanted is not None:
+                self.blocks[batch] = wanted[0]
+            elif blocks:
                 self.blocks[batch] = blocks if kind == "cuda" else min(blocks, _CPU_BLOCKS)
         most = max(self.blocks.values(), default=1)
         self.workspace_bytes = ops.persistent_bytes(table, most, self.threads, kind)
@@ -31,8 +36,11 @@ class Geometry:
 class Persistent:
     """The launch geometry and the kernel's own buffers."""
 
-    def __init__(self, table: Tensor, max_batch: int, device: torch.device) -> None:
-        self._table, self._geometry = table, Geometry(table, max_batch, device)
+    def __init__(
+        self, table: Tensor, max_batch: int, device: torch.device, wanted: tuple[int, int] | None = None
+    ) -> None:
+        """`wanted`: as for Geometry."""
+        self._table, self._geometry = table, Geometry(table, max_batch, device, wanted)
         self._layers = ops.layers(table, device.type).to(device)
         self._workspace = torch.zeros(self._geometry.workspace_bytes, dtype=torch.uint8, device=device)
 

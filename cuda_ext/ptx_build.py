@@ -42,6 +42,8 @@ _FUNCTIONS: dict[str, tuple[list[Any], Any]] = {  # of csrc/ptx/api.h
     "launches": ([], ctypes.c_uint64),
     "unknown": ([], ctypes.c_char_p),
     "report": ([ctypes.c_char_p], ctypes.c_int),
+    "profile_begin": ([ctypes.c_uint32] * 3, None),
+    "profile_end": ([ctypes.c_char_p], ctypes.c_int),
 }  # fmt: skip
 
 

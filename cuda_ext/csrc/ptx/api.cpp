@@ -97,7 +97,8 @@ int hr_ptx_launch(void* kernel, const uint32_t* grid, const uint32_t* block, uin
     const int code = guarded([&] { assemble(k); });
     if (code != kSuccess) return code;
     g->before = queue.empty() ? nullptr : queue.back().get();
-    ++k.launches, ++launches;
+    ++k.launches;
+    g->number = launches++;
     queue.push_back(std::move(g));
     return kSuccess;
 }

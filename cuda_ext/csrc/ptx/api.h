@@ -32,4 +32,8 @@ const char* hr_ptx_unknown();
 // A line of JSON for each kernel: its name, architecture, launches and instructions [PTX line, place in the source,
 // opcode, how many warps executed it, text]; and one line with all notes and what hr_ptx_unknown says.
 int hr_ptx_report(const char* path);
+// From here on launches are profiled (profile.cpp), with these latencies of loads in cycles; until the end, which
+// writes a line of JSON for each launch.
+void hr_ptx_profile_begin(uint32_t dram, uint32_t l2, uint32_t l1);
+int hr_ptx_profile_end(const char* path);
 }

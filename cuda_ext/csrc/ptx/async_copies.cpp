@@ -21,7 +21,7 @@ bool arrives_now() {
 }
 
 void observe_global(Warp& w, const Instruction& i, Lanes lanes, uint32_t bytes, const uint64_t* from) {
-    if (observer != nullptr && bytes != 0) observer(*w.kernel, i, {Space::kGlobal, false, lanes, bytes, from});
+    if (observer != nullptr && bytes != 0) observer->accesses(w, i, {Space::kGlobal, false, lanes, bytes, from});
 }
 
 // ---- cp.async ----

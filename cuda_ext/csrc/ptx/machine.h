@@ -108,6 +108,7 @@ struct Grid {
     uint32_t blocks = 0, begun = 0, finished = 0;
     uint32_t let_next_begin = 0;  // blocks that did, or have ended
     const Grid* before = nullptr;
+    uint64_t number = 0;  // of the launch
     bool done = false;
 };
 
@@ -119,9 +120,13 @@ struct Access {
     uint32_t bytes;             // of each lane
     const uint64_t* addresses;  // [32]; shared ones count from the start of the block's memory
 };
-// Called for every one of them; for counting what profilers count. Null: nobody listens.
-using Observer = void (*)(const Kernel&, const Instruction&, const Access&);
-extern Observer observer;
+// Who counts what profilers count. Null: nobody listens.
+struct Observer {
+    virtual ~Observer() = default;
+    virtual void executes(Warp&, const Instruction&, Lanes) = 0;          // each instruction, before it does anything
+    virtual void accesses(Warp&, const Instruction&, const Access&) = 0;  // then what it touches
+};
+extern Observer* observer;
 
 [[noreturn]] void fault(const Warp& warp, const Instruction& i, int lane, const std::string& what);
 // "gemm_kernel ptx:812 (gemm.cu:81) block 0,0,0 warp 1: ldmatrix ..."

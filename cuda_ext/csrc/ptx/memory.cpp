@@ -187,7 +187,7 @@ Addresses::Addresses(Warp& w, const Instruction& i, Lanes lanes, uint32_t bytes,
     uint64_t seen[kWarp];
     for_lanes(lanes,
               [&](int lane) { seen[lane] = shared ? static_cast<uint32_t>(at_[lane]) - kSharedBase : at_[lane]; });
-    observer(*w.kernel, i, {shared ? Space::kShared : Space::kGlobal, is_write, lanes, bytes, seen});
+    observer->accesses(w, i, {shared ? Space::kShared : Space::kGlobal, is_write, lanes, bytes, seen});
 }
 
 bool decode_memory(Decoder& d) {

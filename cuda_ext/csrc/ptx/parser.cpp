@@ -3,9 +3,11 @@
 #include <cxxabi.h>
 
 #include <algorithm>
+#include <array>
 #include <cctype>
 #include <cstdlib>
 #include <sstream>
+#include <string_view>
 
 #include "opcodes.h"
 #include "registers.h"
@@ -26,9 +28,13 @@ std::string Kernel::title() const {
     return scope == std::string::npos ? text : text.substr(scope + 2);
 }
 
-std::string Kernel::place(const Instruction& i) const {
-    const auto file = module->files.find(i.source_file);
-    return file == module->files.end() ? "?" : file->second + ":" + std::to_string(i.source_line);
+std::string Kernel::place(const Instruction& i) const { return place(i.source_file, i.source_line); }
+
+std::string Kernel::caller(const Instruction& i) const { return place(i.caller_file, i.caller_line); }
+
+std::string Kernel::place(uint32_t number, uint32_t line) const {
+    const auto file = module->files.find(number);
+    return file == module->files.end() ? "?" : file->second + ":" + std::to_string(line);
 }
 
 namespace {
@@ -144,6 +150,9 @@ std::unique_ptr<Kernel> kernel_at(const Module& module, const std::string& text,
     return kernel;
 }
 
+using Location = std::array<uint32_t, 3>;  // file, line, column
+constexpr std::string_view kInlinedAt = "inlined_at";
+
 // Goes through a body's statements, labels and scopes.
 class Assembler {
   public:
@@ -194,13 +203,38 @@ class Assembler {
         }
     }
 
-    // ".loc 2 81 9, ..." up to the line's end
+    // ".loc 2 81 9, function_name ..., inlined_at 1 12 5" up to the line's end
     void take_location(const std::string& text, size_t& at) {
-        char* rest = nullptr;
-        source_file_ = static_cast<uint32_t>(std::strtoul(text.c_str() + at + 4, &rest, 10));
-        source_line_ = static_cast<uint32_t>(std::strtoul(rest, nullptr, 10));
-        at = std::min(text.find('\n', at), text.size());
+        const size_t end = std::min(text.find('\n', at), text.size());
+        const std::string line = text.substr(at + 4, end - at - 4);
+        const Location here = location(line);
+        source_file_ = here[0], source_line_ = here[1];
+        const size_t inlined = line.find(kInlinedAt);
+        if (inlined != std::string::npos) {
+            callers_[here] = location(line.substr(inlined + kInlinedAt.size()));
+        } else {
+            callers_.erase(here);
+        }
+        Location caller = here;  // the frame nearest to it that is no wrapper; frames come before what they call
+        while (is_wrapper(caller[0]) && callers_.count(caller) != 0) caller = callers_.at(caller);
+        caller_file_ = caller[0], caller_line_ = caller[1];
+        at = end;
         ++line_;
+    }
+
+    static Location location(const std::string& text) {
+        char* rest = nullptr;
+        Location found{static_cast<uint32_t>(std::strtoul(text.c_str(), &rest, 10))};
+        for (size_t n = 1; n < found.size(); ++n) found[n] = static_cast<uint32_t>(std::strtoul(rest, &rest, 10));
+        return found;
+    }
+
+    // device.h, device_gpu.h and the toolkit's: their lines tell little.
+    bool is_wrapper(uint32_t file) const {
+        const auto found = kernel_.module->files.find(file);
+        if (found == kernel_.module->files.end()) return false;
+        const std::string& name = found->second;
+        return name.compare(0, 6, "device") == 0 || name.compare(std::max<size_t>(name.size(), 4) - 4, 4, ".hpp") == 0;
     }
 
     bool is_label(const std::string& text, size_t colon) const {
@@ -257,6 +291,7 @@ class Assembler {
         Instruction i;
         i.text = statement, i.line = now_line_;
         i.source_file = source_file_, i.source_line = source_line_;
+        i.caller_file = caller_file_, i.caller_line = caller_line_;
         std::string rest = statement;
         if (rest[0] == '@') {
             const size_t end = rest.find_first_of(" \t");
@@ -284,7 +319,8 @@ class Assembler {
     std::map<std::string, uint32_t> labels_;
     std::vector<std::pair<size_t, std::string>> jumps_;
     std::string now_;  // the statement so far
-    uint32_t line_, now_line_ = 0, source_file_ = 0, source_line_ = 0;
+    uint32_t line_, now_line_ = 0, source_file_ = 0, source_line_ = 0, caller_file_ = 0, caller_line_ = 0;
+    std::map<Location, Location> callers_;  // of what was inlined
     int depth_ = 0, unique_ = 0;
 };
 

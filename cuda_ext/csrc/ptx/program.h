@@ -61,6 +61,7 @@ struct Instruction {
     std::string opcode, text;
     uint32_t line = 0;                          // in the PTX
     uint32_t source_file = 0, source_line = 0;  // of the .cu, by .loc
+    uint32_t caller_file = 0, caller_line = 0;  // where a wrapper was inlined, or the same
     mutable uint64_t executions = 0;            // by how many warps
 };
 
@@ -95,7 +96,9 @@ struct Kernel {
     uint64_t launches = 0;
 
     std::string title() const;                      // "gemm_kernel<Tile<64, 64, 2>>", for people
-    std::string place(const Instruction& i) const;  // "gemm.cu:81"
+    std::string place(const Instruction& i) const;  // "device_gpu.h:81"
+    std::string caller(const Instruction& i) const;  // "gemm.cu:81", where a wrapper such as device_gpu.h's is called
+    std::string place(uint32_t file, uint32_t line) const;
 };
 
 struct Module {

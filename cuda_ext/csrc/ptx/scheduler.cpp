@@ -8,7 +8,7 @@
 
 namespace headroom::ptx {
 
-Observer observer = nullptr;
+Observer* observer = nullptr;
 
 namespace {
 
@@ -186,6 +186,7 @@ Next step(Warp& w, size_t which) {
         lanes &= i.guard_negated ? ~guard : guard;
     }
     if (lanes != 0) ++i.executions;
+    if (observer != nullptr && lanes != 0) observer->executes(w, i, lanes);
     ++split.ran;
     if (i.role == Role::kPlain) {
         if (lanes != 0) i.execute(w, i, lanes);
