@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from benchmarks import phases
 from benchmarks.gpu import report
 from benchmarks.parts import ABSENT, PASSED, Part, Result, run_parts
 from benchmarks.predictions import PREDICTED_ON, goals_table, predictions_table
@@ -70,6 +71,7 @@ def all_parts(out: Path) -> list[Part]:
         tests("graphs", 150, ENGINE),
         tests("gpu_engine", 120, None, dependent=False),
         Part("timings", "timings", timings, 540, needs=ENGINE),
+        Part("phases", "traces", [*module, "benchmarks.phases", "--out", str(traces)], 90, needs=ENGINE),
         profile("cuda", ENGINE),
         profile("torch", None),
         profiler("ncu", 180),
@@ -138,7 +140,10 @@ def page(record: Mapping[str, Any]) -> str:
     timings = record["timings"] or {}
     cases = timings.get("cases", [])
     lines += ["", "## Predictions", "", f"Of docs/cuda-log.md, for an {PREDICTED_ON}; held: within a fifth.", ""]
-    lines += [predictions_table(cases), "## Goals", "", goals_table(cases), "## Timings", ""]
+    lines += [predictions_table(cases), "## Goals", "", goals_table(cases)]
+    if record["phases"]:
+        lines += ["## Inside the persistent launch", "", "```", *phases.lines(record["phases"]), "```", ""]
+    lines += ["## Timings", ""]
     if not timings:
         return "\n".join([*lines, "None.", ""])
     lines += [f"Ceilings of this card, measured: {_ceilings(timings.get('ceilings') or {})}", "", "```"]
@@ -164,6 +169,7 @@ def _read(path: Path) -> dict[str, Any] | None:
 def write(record: dict[str, Any], results: Sequence[Result], out: Path) -> None:
     """gpu.json and gpu.md, with whatever the timings have left by now."""
     record |= {"parts": [asdict(result) for result in results], "timings": _read(out / "timings" / "gpu.json")}
+    record["phases"] = (_read(out / "traces" / "phases.json") or {}).get("otherData")
     save_json(record, out / "gpu.json")
     save_text(page(record), out / "gpu.md")
 
@@ -193,7 +199,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def drive(parts: Sequence[Part], seconds: float, out: Path, record: dict[str, Any]) -> int:
     """Run the parts, tell of each, keep the record. Returns an exit code."""
     (out / "traces").mkdir(parents=True, exist_ok=True)
-    (out / "timings" / "gpu.json").unlink(missing_ok=True)  # an earlier run's would pass for this one's
+    for earlier in ("timings/gpu.json", "traces/phases.json"):
+        (out / earlier).unlink(missing_ok=True)  # would pass for this run's
 
     def done(results: Sequence[Result]) -> None:
         last = results[-1]

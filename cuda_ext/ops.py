@@ -114,20 +114,23 @@ def decode(
 @torch.library.custom_op(
     "headroom::decode_persistent",
     mutates_args=(
-        "workspace", "cache", "tokens", "position", "lengths", "step", "finished", "history", "logits",
+        "workspace", "cache", "tokens", "position", "lengths", "step", "finished", "history", "logits", "stamps",
     ),
 )  # fmt: skip
 def decode_persistent(
     table: Tensor, layers: Tensor, workspace: Tensor, cache: Tensor, tokens: Tensor, position: Tensor, lengths: Tensor,
     step: Tensor, finished: Tensor, history: Tensor, stop: Tensor, logits: Tensor, pad: int, greedy: bool, steps: int,
-    blocks: int, threads: int,
+    blocks: int, threads: int, work: int = 0, stamps: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """`steps` times `decode`, and if `greedy` the likeliest tokens and `advance` after each, in one launch."""
+    """`steps` times `decode`, and if `greedy` the likeliest tokens and `advance` after each, in one launch.
+
+    `work`: persistent.WORK's number; `stamps` int64: persistent.Persistent.room_for_stamps.
+    """
     _check([tokens, position, lengths, step, finished, history, stop], [logits])
     _run(
         tokens.device, "hr_decode_persistent", table, layers, workspace, tokens, position, lengths, step, finished,
         history, history.shape[1], stop, stop.numel(), pad, tokens.shape[0], int(greedy), steps, logits,
-        logits.stride(0), blocks, threads,
+        logits.stride(0), blocks, threads, work, stamps, 0 if stamps is None else stamps.shape[1],
     )  # fmt: skip
 
 

@@ -7,10 +7,19 @@ from cuda_ext import ops
 
 _THREADS = {"cuda": 384, "cpu": 64}  # of a block; csrc/persistent/block.h bounds the first, patience the second
 _CPU_BLOCKS = 3
+WORK = ("all", "copies", "barriers")
+"""What of the work a launch does (csrc/decode_persistent.h): copies are weights and barriers, without arithmetic."""
 
 
 class Persistent:
-    """The launch geometry for each batch that fits, and the kernel's own buffers."""
+    """The launch geometry for each batch that fits, and the kernel's own buffers.
+
+    For measurements: `work`, one of WORK, is what launches do (without "all", tokens and logits mean nothing), and
+    `stamps`, of `room_for_stamps`, is where launches of many tokens leave their phases' times.
+    """
+
+    work = "all"
+    stamps: Tensor | None = None
 
     def __init__(self, table: Tensor, max_batch: int, device: torch.device) -> None:
         self._table, kind = table, device.type
@@ -35,5 +44,13 @@ class Persistent:
         """`state`: tokens, position, lengths, step, finished, history, as in ops.decode_persistent."""
         ops.decode_persistent(
             self._table, self._layers, self._workspace, cache, *state, stop, logits, 0, greedy, steps,
-            self._blocks[logits.shape[0]], self._threads,
+            self._blocks[logits.shape[0]], self._threads, WORK.index(self.work), self.stamps if greedy else None,
         )  # fmt: skip
+
+    def room_for_stamps(self, batch: int, steps: int) -> Tensor:
+        """Zeros for a launch of `steps` tokens a sequence: int64 [blocks, 2 x barriers + 2], nanoseconds.
+
+        A block began, came to its first barrier, left it, came to the second, ..., ended.
+        """
+        barriers = steps * (5 * int(self._table[0]) + 1)
+        return torch.zeros(self._blocks[batch], 2 * barriers + 2, dtype=torch.int64, device=self._workspace.device)

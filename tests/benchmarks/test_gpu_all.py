@@ -107,9 +107,10 @@ def test_one_json_and_one_page_come_out(tmp_path: Path, capsys: pytest.CaptureFi
     path.parent.mkdir()
     path.write_text("{}")
     body = f"open({str(path)!r}, 'w').write({json.dumps(said)!r}); os.kill(os.getpid(), 9)"
-    code = gpu_all.drive(
-        [part("a", "print('x | y')"), part("timings", body, kind="timings")], 60, tmp_path, dict(ABOUT)
-    )
+    price = {"prices": {"all": 150, "copies": 90, "barriers": 61}, "phases": {"attention": 12.3}, "barriers": 61}
+    trace = f"open({str(tmp_path / 'traces' / 'phases.json')!r}, 'w').write({json.dumps({'otherData': price})!r})"
+    parts = [part("a", f"{trace}; print('x | y')"), part("timings", body, kind="timings")]
+    code = gpu_all.drive(parts, 60, tmp_path, dict(ABOUT))
     assert code == 1 and "timings: failed" in capsys.readouterr().out
     record = json.loads((tmp_path / "gpu.json").read_text())
     assert record["timings"] == said and [each["verdict"] for each in record["parts"]] == [PASSED, FAILED]
@@ -117,6 +118,7 @@ def test_one_json_and_one_page_come_out(tmp_path: Path, capsys: pytest.CaptureFi
     assert "2 GPUs: NVIDIA H200" in page and "| a | passed | 0 | x \\| y |" in page
     assert "| decode 5 | decode 1 x 480 | cuda graph | 95 | 190.0 | missed: 2.0 times slower |" in page
     assert "3.00 TB/s, 700 TFLOP/s" in page and "190.0 [189.0, 191.0]" in page
+    assert "attention                   12.30 us a token" in page and "barriers alone 61.0, 1.00 each" in page
     assert gpu_all.drive([part("a", "pass")], 60, tmp_path, dict(ABOUT)) == 0
     assert json.loads((tmp_path / "gpu.json").read_text())["timings"] is None
 

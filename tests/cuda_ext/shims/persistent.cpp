@@ -34,6 +34,7 @@ PersistentDecode read(const int64_t* numbers, float epsilon, std::vector<Layer>&
     p.blocks = r.number(), p.threads = r.number(), p.splits = r.number();
     p.shared_bytes = static_cast<size_t>(r.number());
     p.work = static_cast<PersistentWork>(r.number());
+    p.stamps = r.address<uint64_t>(), p.stamps_each = r.number();
     layers.resize(static_cast<size_t>(r.number()));
     for (Layer& layer : layers) {
         layer.heads = r.number();
