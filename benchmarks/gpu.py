@@ -28,7 +28,7 @@ from benchmarks import kernel_table
 from benchmarks.checkpoints import write_checkpoints
 from benchmarks.isolated import Outcome, run
 from benchmarks.roofline import bytes_per_token, prefill_operations
-from benchmarks.subjects import EAGER, PEER, PEER_PLAIN, SAMPLINGS, Case, kinds
+from benchmarks.subjects import EAGER, NO_DEPENDENT, PEER, PEER_PLAIN, Case, kinds
 from eval.latency import ratio, timing
 from eval.results import Timing, save_json
 from pipeline import hardware
@@ -38,11 +38,14 @@ from pipeline.model import CompactGPT2Config
 CONTEXT, TOKENS = 512, 64
 # A burst's contexts average CONTEXT.
 DECODES = [Case("decode", batch, CONTEXT - TOKENS // 2, TOKENS) for batch in (1, 8, 32)]
-SAMPLED = [Case("decode", batch, CONTEXT - TOKENS // 2, TOKENS, how) for batch in (1, 8) for how in SAMPLINGS if how]
+SAMPLED = [
+    Case("decode", batch, CONTEXT - TOKENS // 2, TOKENS, how)
+    for batch, how in ((1, "top-p 0.95"), (8, "top-p 0.95"), (1, "top-k 40"))
+]
 PREFILLS = [Case("prefill", batch, length, 0) for batch, length in ((1, 512), (1, 1024), (8, 1024))]
 _START_SECONDS = 60
 _LEAST_SECONDS = 30
-_LATER_SECONDS = 45
+_LATER_SECONDS, _SAMPLED_SECONDS = 45, 15
 
 
 class Benchmark:
@@ -76,7 +79,7 @@ class Benchmark:
         self.record["cases"].append(entry)
         end = time.monotonic() + share
         timings: dict[str, Any] = {}
-        while end - time.monotonic() > _LEAST_SECONDS:
+        while end - time.monotonic() > (_SAMPLED_SECONDS if case.sampling else _LEAST_SECONDS) - 1:
             without = [name for name, found in entry["subjects"].items() if found.get("skipped")]
             outcome = self.child(
                 end - time.monotonic(),
@@ -231,9 +234,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"error: {tool} was not found; install Nsight {product}", file=sys.stderr)
             return 2
     choices.out.mkdir(parents=True, exist_ok=True)
+    end = time.monotonic() + choices.seconds
     with tempfile.TemporaryDirectory() as scratch:
         config = write_checkpoints(GPT2Config(), Path(scratch))
-        bench = Benchmark(Path(scratch), config, "cuda:0", choices.seconds, choices.min_count)
+        bench = Benchmark(Path(scratch), config, "cuda:0", end - time.monotonic(), choices.min_count)
         if choices.ncu:
             return profile(bench, choices.out, choices.ncu_subject)
         if choices.nsys:
@@ -252,12 +256,13 @@ def measure(bench: Benchmark, path: Path) -> int:
     }
     bench.ceilings()
     print(f"ceilings, measured: {bench.record['ceilings']}", flush=True)
-    memories = [(DECODES[0], name) for name in kinds(DECODES[0]) if name not in (PEER, PEER_PLAIN)]
+    memories = [(DECODES[0], name) for name in kinds(DECODES[0]) if name not in (PEER, PEER_PLAIN, NO_DEPENDENT)]
     memories.append((DECODES[2], next(iter(kinds(DECODES[2])))))
     cases = [*DECODES, *PREFILLS, *SAMPLED]
     for position, case in enumerate(cases):
         # Later cases keep a little, memory too: the first ones fill torch.compile's caches.
-        bench.case(case, bench.left - _LATER_SECONDS * (len(cases) - position - 1) - 15 * len(memories))
+        later = sum(_SAMPLED_SECONDS if each.sampling else _LATER_SECONDS for each in cases[position + 1 :])
+        bench.case(case, bench.left - later - 15 * len(memories))
         save_json(bench.record, path)
         print(report(bench.record["cases"][-1]), flush=True)
     for case, name in memories:

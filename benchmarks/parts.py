@@ -12,6 +12,8 @@ from pathlib import Path
 PASSED, FAILED, TIMED_OUT, SKIPPED, ABSENT = "passed", "failed", "timed out", "skipped", "absent"
 _GRACE = 5.0
 """Seconds between asking a process to end and killing it: for a profiler to write what it has."""
+_TOLD = 0.9
+"""A command hears of this share of its limit: the rest is for its start and its end."""
 _WORTH = 0.25
 """A part is begun with as little as this share of its limit; with less it is skipped."""
 
@@ -20,7 +22,7 @@ _WORTH = 0.25
 class Part:
     """One step: a command, the seconds that it may take, and what its environment has besides ours.
 
-    `{seconds}` in the command becomes the seconds that it has, so that it can plan with fewer.
+    `{seconds}` in the command becomes nine tenths of the seconds that it has, so that it can plan with fewer.
     `needs` names a part without which this one makes no sense. `again`: a suffix of the name, and variables under
     which it is run once more where it fails, as a part of its own. A command whose program is "" is absent.
     """
@@ -104,7 +106,7 @@ def run_logged(
 
     Returns its verdict, and its last line, after exit code or signal where it did not pass.
     """
-    filled = [word.replace("{seconds}", f"{seconds - _GRACE:.0f}") for word in command]
+    filled = [word.replace("{seconds}", f"{_TOLD * seconds:.0f}") for word in command]
     with log.open("w", encoding="utf-8") as stream:
         try:
             process = subprocess.Popen(

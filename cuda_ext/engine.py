@@ -13,6 +13,7 @@ from cuda_ext.errors import CudaExtError
 from cuda_ext.packing import Packed, cache_elements, pack, table
 from cuda_ext.persistent import Persistent
 from cuda_ext.products import Choice, bucket, choose
+from cuda_ext.ranges import ranged
 from cuda_ext.tuning import Tuner
 
 _CHUNK_ROWS = 2048  # tokens that one prefill launch works on: bounds the workspace
@@ -88,7 +89,7 @@ class Engine:
         self.workspace = torch.empty(size, dtype=torch.uint8, device=self.device)
         self._counters = self._ints(ops.counters(self.table, max_batch, self.device.type))
         padded = (shape.vocabulary + 3) // 4 * 4  # the sampler reads four at once
-        self._logits = torch.empty(max_batch, padded, device=self.device)[:, : shape.vocabulary]
+        self._logits = torch.zeros(max_batch, padded, device=self.device)[:, : shape.vocabulary]  # a capture reads all
         # Of each sequence: the token last read, its position, how many are cached.
         self._tokens, self._position, self._lengths = (self._ints(max_batch) for _ in range(3))
         # Of sampling: tokens drawn so far, whether a stop token came, and all that were drawn.
@@ -125,6 +126,7 @@ class Engine:
         """Forget the past."""
         self._batch, self._longest = 0, 0
 
+    @ranged("prefill")
     def forward(self, input_ids: Tensor) -> Tensor:
         """Logits of all positions, from an empty past: int [batch, length] -> FP32 [batch, length, vocabulary]."""
         batch, length = self._accept(input_ids)
@@ -141,6 +143,7 @@ class Engine:
         self._hold(batch, self._full(batch, length), length)
         return logits
 
+    @ranged("prefill")
     def prefill(self, input_ids: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
         """Forget the past, read prompts, return the next tokens' logits: FP32 [batch, vocabulary].
 
@@ -261,6 +264,7 @@ class Engine:
     def _forward(self, batch: int) -> None:
         self._run((batch,), lambda: self._launch(batch))
 
+    @ranged("sampling")
     def _draw(self, batch: int, how: _Draw, stop: tuple[int, ...]) -> None:
         tokens, position, lengths, drawn, finished, history = self._state(batch)
         ops.sample(self._logits[:batch], drawn, tokens, how.temperature, how.top_k, how.top_p, how.seed)
@@ -278,6 +282,7 @@ class Engine:
             self._lengths[:batch], self._logits[:batch], splits, self._dependent,
         )  # fmt: skip
 
+    @ranged("persistent launch")
     def _launch_persistent(self, batch: int, stop: tuple[int, ...], *, steps: int, greedy: bool) -> None:
         assert self._persistent is not None
         state, stops = self._state(batch), self._stops(stop)
@@ -327,6 +332,7 @@ class Engine:
         restore()
         return fastest
 
+    @ranged("decode")
     def _run(self, name: tuple[object, ...], step: Callable[[], None]) -> None:
         """`step`, by the graph of this name where this batch goes by graphs."""
         if self._way(self._batch) != "graph":

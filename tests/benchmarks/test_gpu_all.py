@@ -1,5 +1,6 @@
 """`make gpu` with parts that fail, hang, are killed or find no time left: real children, short limits."""
 
+import importlib.util
 import json
 import sys
 import time
@@ -142,6 +143,20 @@ def test_the_chosen_gpu_comes_first() -> None:
     for wrong in ("cuda:3", "cpu", "cuda:x", "cuda:-1"):
         with pytest.raises(ValueError, match="give cuda:N, N from 0 to 2"):
             gpu_all.environment(wrong, 3, None)
+
+
+def test_a_sanitizer_that_hangs_shows_what_it_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = Path(__file__).parents[1] / "gpu" / "test_compute_sanitizer.py"
+    spec = importlib.util.spec_from_file_location("sanitizer_tests", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    tool = tmp_path / "tool"
+    tool.write_text("#!/bin/sh\necho loading; echo '1 kernel so far' >&2; exec sleep 60\n")
+    tool.chmod(0o755)
+    monkeypatch.setattr(module, "TOOL", str(tool))
+    with pytest.raises(pytest.fail.Exception, match="no end within 1 s: loading\n1 kernel so far"):
+        module.under("memcheck", "script.py", timeout=1)
 
 
 def test_without_a_gpu_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
