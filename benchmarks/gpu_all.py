@@ -11,6 +11,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -33,6 +34,7 @@ BUDGET = 1500.0
 SHARES = {"build": 0.25, "correctness": 0.35, "timings": 0.4, "traces": 0.2}
 KINDS = ("build", "correctness", "timings", "traces", "sanitizer")
 ENGINE, SHIMS = "build engine", "build shims"
+_TESTS = r"\d+ passed"
 _MODEL = "pipeline/assets/gpt2-mini"
 
 
@@ -44,11 +46,11 @@ def all_parts(out: Path) -> list[Part]:
     def tests(name: str, seconds: float, needs: str | None, dependent: bool = True) -> Part:
         command = [*module, "pytest", "-q", "-rs", "-m", "gpu", f"tests/gpu/test_{name}.py"]
         again = ("no dependent launch", {DEPENDENT: "0"}) if dependent else None
-        return Part(f"test {name}", "correctness", command, seconds, needs=needs, again=again)
+        return Part(f"test {name}", "correctness", command, seconds, needs=needs, again=again, proof=_TESTS)
 
     def sanitizer(tool: str) -> Part:
         command = [*module, "pytest", "-q", "-rs", "-m", "gpu", "-k", tool, "tests/gpu/test_compute_sanitizer.py"]
-        return Part(f"sanitizer {tool}", "sanitizer", command, 240, needs=ENGINE)
+        return Part(f"sanitizer {tool}", "sanitizer", command, 240, needs=ENGINE, proof=_TESTS)
 
     traces = out / "traces"
 
@@ -194,6 +196,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # the part that runs ends first
     return drive(parts, choices.seconds, choices.out, about(choices.device))
 
 

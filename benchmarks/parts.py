@@ -2,11 +2,12 @@
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 PASSED, FAILED, TIMED_OUT, SKIPPED, ABSENT = "passed", "failed", "timed out", "skipped", "absent"
@@ -24,7 +25,8 @@ class Part:
 
     `{seconds}` in the command becomes nine tenths of the seconds that it has, so that it can plan with fewer.
     `needs` names a part without which this one makes no sense. `again`: a suffix of the name, and variables under
-    which it is run once more where it fails, as a part of its own. A command whose program is "" is absent.
+    which it is run once more where it fails, as a part of its own. A command whose program is "" is absent,
+    and so is a part that ends well without a match of `proof` in its last line: it could do nothing here.
     """
 
     name: str
@@ -34,6 +36,7 @@ class Part:
     environment: Mapping[str, str] = field(default_factory=dict)
     needs: str | None = None
     again: tuple[str, Mapping[str, str]] | None = None
+    proof: str = ""
 
 
 @dataclass
@@ -80,7 +83,7 @@ def _tries(part: Part) -> list[Part]:
     if part.again is None:
         return [part]
     suffix, environment = part.again
-    return [part, Part(f"{part.name}, {suffix}", part.kind, part.command, part.seconds, environment, part.needs)]
+    return [part, replace(part, name=f"{part.name}, {suffix}", environment=environment, again=None)]
 
 
 def _one(part: Part, left: float, results: Sequence[Result], logs: Path) -> Result:
@@ -96,6 +99,8 @@ def _one(part: Part, left: float, results: Sequence[Result], logs: Path) -> Resu
     log = logs / f"{part.name.replace(', ', '-').replace(' ', '-')}.log"
     began = time.monotonic()
     verdict, says = run_logged(part.command, min(part.seconds, left), log, part.environment)
+    if verdict == PASSED and re.search(part.proof, says) is None:
+        verdict = ABSENT
     return Result(part.name, part.kind, verdict, says, round(time.monotonic() - began, 1), log.name)
 
 

@@ -1,9 +1,12 @@
 """`make gpu` with parts that fail, hang, are killed or find no time left: real children, short limits."""
 
+import contextlib
 import importlib.util
 import json
+import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +33,8 @@ def test_a_part_that_fails_hangs_or_is_killed_does_not_stop_the_next(tmp_path: P
         part("dead", "pass", needs="bad"),
         Part("nowhere", "traces", ["/no/such/program"], 5),
         Part("ncu", "traces", [""], 5),
-        part("good", "print('12 passed')", needs=None),
+        part("refused", "print('3 skipped in 2 s')", proof=r"\d+ passed"),
+        part("good", "print('12 passed')", proof=r"\d+ passed"),
     ]
     heard: list[int] = []
     results = run_parts(parts, 100, tmp_path / "logs", done=lambda found: heard.append(len(found)))
@@ -43,10 +47,10 @@ def test_a_part_that_fails_hangs_or_is_killed_does_not_stop_the_next(tmp_path: P
     assert verdicts["nowhere"] == (FAILED, "/no/such/program: No such file or directory")
     assert verdicts["ncu"] == (ABSENT, "ncu is not installed")
     assert verdicts["good"] == (PASSED, "12 passed")
-    assert heard == list(range(1, 8))
+    assert verdicts["refused"] == (ABSENT, "3 skipped in 2 s")
+    assert heard == list(range(1, 9))
     assert "before" in (tmp_path / "logs" / "bad.log").read_text()
-    grandchild = Path(f"/proc/{says.split()[-1]}/stat")
-    assert not grandchild.exists() or grandchild.read_text().split()[2] == "Z"  # ended with its group
+    assert gone(int(says.split()[-1]))  # with its group
 
 
 def test_the_budget_shrinks_parts_and_skips_what_no_longer_fits(tmp_path: Path) -> None:
@@ -122,6 +126,38 @@ def test_one_json_and_one_page_come_out(tmp_path: Path, capsys: pytest.CaptureFi
     assert "attention                   12.30 us a token" in page and "barriers alone 61.0, 1.00 each" in page
     assert gpu_all.drive([part("a", "pass")], 60, tmp_path, dict(ABOUT)) == 0
     assert json.loads((tmp_path / "gpu.json").read_text())["timings"] is None
+
+
+def test_a_driver_that_is_ended_ends_its_part(tmp_path: Path) -> None:
+    body = f"open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    code = (
+        "import sys; from benchmarks import gpu_all; from benchmarks.parts import Part\n"
+        "gpu_all.hardware.why_no_gpu = lambda: None; gpu_all.torch.cuda.device_count = lambda: 1\n"
+        f"gpu_all.about = lambda device: {ABOUT!r}\n"
+        f"gpu_all.all_parts = lambda out: [Part('long', 'build', {part('long', body).command!r}, 60)]\n"
+        f"sys.exit(gpu_all.main(['--out', {str(tmp_path)!r}]))"
+    )
+    driver = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[2])
+    pid = until(lambda: (tmp_path / "pid").read_text())
+    driver.terminate()
+    assert driver.wait(timeout=30) == 143
+    assert gone(int(pid))
+
+
+def until(text: Callable[[], str], seconds: float = 60) -> str:
+    """What `text` says as soon as it says something."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        with contextlib.suppress(OSError):
+            if said := text():
+                return said
+        time.sleep(0.05)
+    raise AssertionError("it said nothing")
+
+
+def gone(pid: int) -> bool:
+    stat = Path(f"/proc/{pid}/stat")
+    return not stat.exists() or stat.read_text().split()[2] == "Z"
 
 
 def test_order_and_choice_of_parts(tmp_path: Path) -> None:
