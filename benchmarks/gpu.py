@@ -3,8 +3,9 @@
 Two of twelve heads pruned in each layer; random weights, which time as real ones do. Each case runs in a
 process of its own; in it every subject is first compared with FP32 and then timed in turns with the others. A
 subject that is wrong, breaks or hangs is left out with its reason, and the rest goes on. DIR/gpu.json holds raw
-samples, machine, versions, command and date, written after each case. Takes about eight minutes on an H200, of which
-most is torch.compile's tuning. `--ncu` profiles the engine's kernels instead, to DIR/ncu-*.csv and DIR/kernels.md.
+samples, machine, versions, command and date, written after each case. Ends within `--seconds`, of which most goes to
+torch.compile's tuning. `--ncu` profiles the engine's kernels instead, to DIR/ncu-*.csv and DIR/kernels.md; `--nsys`
+traces them, to DIR/nsys-*.
 """
 
 import argparse

@@ -127,6 +127,8 @@ def decode_persistent(
     `work`: persistent.WORK's number; `stamps` int64: persistent.Persistent.room_for_stamps.
     """
     _check([tokens, position, lengths, step, finished, history, stop], [logits])
+    if stamps is not None:
+        _check_stamps(stamps, blocks, tokens.device)
     _run(
         tokens.device, "hr_decode_persistent", table, layers, workspace, tokens, position, lengths, step, finished,
         history, history.shape[1], stop, stop.numel(), pad, tokens.shape[0], int(greedy), steps, logits,
@@ -186,6 +188,14 @@ def _check(ints: Sequence[Tensor], floats: Sequence[Tensor] = ()) -> None:
                 raise CudaExtError(f"expected {kind} in contiguous rows, not {tensor.dtype}, strides {tensor.stride()}")
             if tensor.device != ints[0].device:
                 raise CudaExtError(f"tensors lie on {tensor.device} and {ints[0].device}")
+
+
+def _check_stamps(stamps: Tensor, blocks: int, device: torch.device) -> None:
+    """How many there must be of each block, the launcher knows and checks."""
+    if stamps.dtype != torch.int64 or not stamps.is_contiguous() or stamps.dim() != 2 or stamps.shape[0] < blocks:
+        raise CudaExtError(f"stamps are {stamps.dtype} {list(stamps.shape)}; give contiguous int64 [{blocks}, count]")
+    if stamps.device != device:
+        raise CudaExtError(f"stamps lie on {stamps.device}, the rest on {device}")
 
 
 def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:

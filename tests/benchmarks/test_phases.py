@@ -10,7 +10,7 @@ from transformers import GPT2Config
 from benchmarks import phases
 from benchmarks.checkpoints import write_checkpoints
 from benchmarks.timing import cpu_lap
-from cuda_ext import Engine
+from cuda_ext import CudaExtError, Engine
 
 LAYERS, TOKENS = 2, 3
 BARRIERS = TOKENS * (5 * LAYERS + 1)
@@ -68,6 +68,28 @@ def test_tokens_are_the_same_after_stamps_and_prices(engine: Engine, monkeypatch
     assert set(phases.prices(engine, IDS)) == {"all", "copies", "barriers"}
     engine.prefill(IDS)
     assert torch.equal(engine.extend(6), wanted)
+
+
+@pytest.mark.parametrize("work", ["copies", "barriers"])
+def test_overheads_alone_leave_logits_as_they_are(engine: Engine, work: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert engine._persistent is not None
+    engine.prefill(IDS)
+    engine._logits.fill_(float("nan"))
+    monkeypatch.setattr(engine._persistent, "work", work)
+    assert engine.decode(IDS[:, 0]).isnan().all()
+    monkeypatch.setattr(engine._persistent, "work", "all")
+    assert engine.decode(IDS[:, 0]).isfinite().all()
+
+
+def test_stamps_that_do_not_fit_are_refused(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    persistent = engine._persistent
+    assert persistent is not None
+    right = persistent.room_for_stamps(1, TOKENS)
+    for wrong in (right.int(), right[1:], right.mT.contiguous().mT, right[:, 1:].contiguous()):
+        monkeypatch.setattr(persistent, "stamps", wrong)
+        engine.prefill(IDS)
+        with pytest.raises(CudaExtError):
+            engine.extend(TOKENS + 1)
 
 
 def test_without_a_gpu_one_line(capsys: pytest.CaptureFixture[str]) -> None:
