@@ -56,18 +56,7 @@ cuda-check: $(VENV)/.ready  ## compile all kernels for sm_75 to sm_120, no GPU n
 	$(BIN)/python -m cuda_ext.build --check
 
 gpu:  ## on a machine with a GPU (its own python3, torch and pytest): build, tests, timings, traces, sanitizer
-	@code=0; \
-	python3 -m cuda_ext.build || code=1; \
-	for file in $(filter-out %/test_compute_sanitizer.py,$(wildcard tests/gpu/test_*.py)); do \
-	    timeout -k 10 300 python3 -m pytest -q -m gpu $$file || code=1; \
-	done; \
-	python3 -m benchmarks.gpu --out "$${OUT:-runs/gpu}" || code=1; \
-	for engine in cuda torch; do \
-	    python3 -m pipeline profile pipeline/assets/gpt2-mini --engine $$engine --device cuda:0 --precision fp16 \
-	        --out "$${OUT:-runs/gpu}/traces/$$engine" || code=1; \
-	done; \
-	timeout -k 10 1200 python3 -m pytest -q -m gpu tests/gpu/test_compute_sanitizer.py || code=1; \
-	exit $$code
+	@python3 -m benchmarks.gpu_all $(ARGS)
 
 # One by one: a peer that does not install is left out. Its environment sees ours through the .pth file.
 $(PEERS)/.ready: requirements-peers.txt $(VENV)/.ready

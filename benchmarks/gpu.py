@@ -3,8 +3,9 @@
 Two of twelve heads pruned in each layer; random weights, which time as real ones do. Each case runs in a
 process of its own; in it every subject is first compared with FP32 and then timed in turns with the others. A
 subject that is wrong, breaks or hangs is left out with its reason, and the rest goes on. DIR/gpu.json holds raw
-samples, machine, versions, command and date, written after each case. Takes about eight minutes on an H200, of which
-most is torch.compile's tuning. `--ncu` profiles the engine's kernels instead, to DIR/ncu-*.csv and DIR/kernels.md.
+samples, machine, versions, command and date, written after each case. Ends within `--seconds`, of which most goes to
+torch.compile's tuning. `--ncu` profiles the engine's kernels instead, to DIR/ncu-*.csv and DIR/kernels.md; `--nsys`
+traces them, to DIR/nsys-*.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from benchmarks import kernel_table
 from benchmarks.checkpoints import write_checkpoints
 from benchmarks.isolated import Outcome, run
 from benchmarks.roofline import bytes_per_token, prefill_operations
-from benchmarks.subjects import EAGER, PEER, PEER_PLAIN, Case, kinds
+from benchmarks.subjects import EAGER, NO_DEPENDENT, PEER, PEER_PLAIN, Case, kinds
 from eval.latency import ratio, timing
 from eval.results import Timing, save_json
 from pipeline import hardware
@@ -38,10 +39,14 @@ from pipeline.model import CompactGPT2Config
 CONTEXT, TOKENS = 512, 64
 # A burst's contexts average CONTEXT.
 DECODES = [Case("decode", batch, CONTEXT - TOKENS // 2, TOKENS) for batch in (1, 8, 32)]
+SAMPLED = [
+    Case("decode", batch, CONTEXT - TOKENS // 2, TOKENS, how)
+    for batch, how in ((1, "top-p 0.95"), (8, "top-p 0.95"), (1, "top-k 40"))
+]
 PREFILLS = [Case("prefill", batch, length, 0) for batch, length in ((1, 512), (1, 1024), (8, 1024))]
 _START_SECONDS = 60
 _LEAST_SECONDS = 30
-_LATER_SECONDS = 45
+_LATER_SECONDS, _SAMPLED_SECONDS = 45, 15
 
 
 class Benchmark:
@@ -75,7 +80,7 @@ class Benchmark:
         self.record["cases"].append(entry)
         end = time.monotonic() + share
         timings: dict[str, Any] = {}
-        while end - time.monotonic() > _LEAST_SECONDS:
+        while end - time.monotonic() > (_SAMPLED_SECONDS if case.sampling else _LEAST_SECONDS) - 1:
             without = [name for name, found in entry["subjects"].items() if found.get("skipped")]
             outcome = self.child(
                 end - time.monotonic(),
@@ -159,37 +164,56 @@ def report(entry: Mapping[str, Any]) -> str:
 
 def profile(bench: Benchmark, out: Path, subject: str) -> int:
     """Each case's kernels under ncu, as CSV and as a table. Returns an exit code."""
-    ncu = shutil.which("ncu")
-    if ncu is None:
-        print("error: ncu was not found; install Nsight Compute", file=sys.stderr)
-        return 1
+    command = ["ncu", "--csv", "--print-units", "base", "--clock-control", "none", "--cache-control", "none"]
+    command += ["--profile-from-start", "off", "--graph-profiling", "node", "--target-processes", "application-only"]
+    command += ["--metrics", ",".join(kernel_table.METRICS)]
     parts, code = [], 0
-    for case in (*DECODES[:2], *PREFILLS[:2]):
+    cases = [*DECODES[:2], *PREFILLS[:2]]
+    for count, case in enumerate(cases):
         name = subject if case.kind == "decode" else "cuda"
-        request = {"do": "trace", "case": dataclasses.asdict(case), "subject": name, "folder": str(bench.folder)}
-        request |= {"device": bench.device}
-        command = [ncu, "--csv", "--print-units", "base", "--clock-control", "none", "--cache-control", "none"]
-        command += [
-            "--profile-from-start",
-            "off",
-            "--graph-profiling",
-            "node",
-            "--target-processes",
-            "application-only",
-        ]
-        command += ["--metrics", ",".join(kernel_table.METRICS), sys.executable, "-m", "benchmarks.gpu_case"]
         try:
-            done = subprocess.run(
-                [*command, json.dumps(request)], capture_output=True, text=True, timeout=240, check=False
-            )
+            done = _traced(bench, command, case, name, bench.left / (len(cases) - count))
             (out / f"ncu-{case.name.replace(' ', '-')}.csv").write_text(done.stdout, encoding="utf-8")
             parts.append(f"## {case.name}, {name}\n\n{kernel_table.table(kernel_table.read(done.stdout))}")
-        except (ValueError, subprocess.TimeoutExpired) as error:
+        except (OSError, ValueError, subprocess.TimeoutExpired) as error:
             code = 1
             parts.append(f"## {case.name}, {name}\n\nnot profiled: {error}\n")
-    (out / "kernels.md").write_text("\n".join(parts), encoding="utf-8")
+        (out / "kernels.md").write_text("\n".join(parts), encoding="utf-8")
     print("\n".join(parts))
     return code
+
+
+def timeline(bench: Benchmark, out: Path) -> int:
+    """One token in each decode mode and one prefill under nsys, to OUT/nsys-*.nsys-rep. Returns an exit code."""
+    cases = [(DECODES[0], name) for name in kinds(DECODES[0]) if name.startswith("cuda")] + [(PREFILLS[1], "cuda")]
+    code = 0
+    for count, (case, name) in enumerate(cases):
+        target = out / f"nsys-{case.name}-{name}".replace(",", "").replace(" ", "-")
+        command = ["nsys", "profile", "--trace", "cuda,nvtx", "--cuda-graph-trace", "node", "--force-overwrite", "true"]
+        command += ["--capture-range", "cudaProfilerApi", "--capture-range-end", "stop", "--output", str(target)]
+        try:
+            done = _traced(bench, command, case, name, bench.left / (len(cases) - count))
+            print(
+                f"{case.name}, {name}: exit code {done.returncode}\n{(done.stdout + done.stderr)[-1000:]}", flush=True
+            )
+            code = code or int(done.returncode != 0)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            code = 1
+            print(f"{case.name}, {name}: not traced: {error}", flush=True)
+    return code
+
+
+def _traced(
+    bench: Benchmark, profiler: Sequence[str], case: Case, name: str, seconds: float
+) -> subprocess.CompletedProcess[str]:
+    """`benchmarks.gpu_case`'s trace of a case under a profiler, with NVTX ranges."""
+    request = {"do": "trace", "case": dataclasses.asdict(case), "subject": name, "folder": str(bench.folder)}
+    request |= {"device": bench.device}
+    command = [*profiler, sys.executable, "-m", "benchmarks.gpu_case", json.dumps(request)]
+    environment = {**os.environ, "HEADROOM_NVTX": "1"}
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=max(seconds, 1), check=False, env=environment
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -199,18 +223,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=480, help="for all of it; what does not fit is left out")
     parser.add_argument("--min-count", type=int, default=15, help="rounds a case at least")
     parser.add_argument("--ncu", action="store_true", help="profile kernels with Nsight Compute instead of timing")
+    parser.add_argument("--nsys", action="store_true", help="trace a token and a prefill with Nsight Systems instead")
     parser.add_argument("--ncu-subject", default="cuda graph", help="which decode mode --ncu profiles")
     choices = parser.parse_args(arguments)
     reason = hardware.why_no_gpu()
     if reason is not None:
         print(f"error: {reason}; run this on a machine with a GPU", file=sys.stderr)
         return 2
+    for tool, wanted, product in (("ncu", choices.ncu, "Compute"), ("nsys", choices.nsys, "Systems")):
+        if wanted and shutil.which(tool) is None:
+            print(f"error: {tool} was not found; install Nsight {product}", file=sys.stderr)
+            return 2
     choices.out.mkdir(parents=True, exist_ok=True)
+    end = time.monotonic() + choices.seconds
     with tempfile.TemporaryDirectory() as scratch:
         config = write_checkpoints(GPT2Config(), Path(scratch))
-        bench = Benchmark(Path(scratch), config, "cuda:0", choices.seconds, choices.min_count)
+        bench = Benchmark(Path(scratch), config, "cuda:0", end - time.monotonic(), choices.min_count)
         if choices.ncu:
             return profile(bench, choices.out, choices.ncu_subject)
+        if choices.nsys:
+            return timeline(bench, choices.out)
         return measure(bench, choices.out / "gpu.json")
 
 
@@ -225,12 +257,13 @@ def measure(bench: Benchmark, path: Path) -> int:
     }
     bench.ceilings()
     print(f"ceilings, measured: {bench.record['ceilings']}", flush=True)
-    memories = [(DECODES[0], name) for name in kinds(DECODES[0]) if name not in (PEER, PEER_PLAIN)]
+    memories = [(DECODES[0], name) for name in kinds(DECODES[0]) if name not in (PEER, PEER_PLAIN, NO_DEPENDENT)]
     memories.append((DECODES[2], next(iter(kinds(DECODES[2])))))
-    cases = [*DECODES, *PREFILLS]
+    cases = [*DECODES, *PREFILLS, *SAMPLED]
     for position, case in enumerate(cases):
         # Later cases keep a little, memory too: the first ones fill torch.compile's caches.
-        bench.case(case, bench.left - _LATER_SECONDS * (len(cases) - position - 1) - 15 * len(memories))
+        later = sum(_SAMPLED_SECONDS if each.sampling else _LATER_SECONDS for each in cases[position + 1 :])
+        bench.case(case, bench.left - later - 15 * len(memories))
         save_json(bench.record, path)
         print(report(bench.record["cases"][-1]), flush=True)
     for case, name in memories:
@@ -239,9 +272,14 @@ def measure(bench: Benchmark, path: Path) -> int:
             save_json(bench.record, path)
             print(f"memory: {bench.record['memory'][-1]}", flush=True)
     print(f"\n{path}")
-    done = [entry["figures"] for entry in bench.record["cases"]]
-    whole = all(one["peer"] and any(name.startswith("cuda") for name in one["subjects"]) for one in done)
-    return 0 if whole else 1
+    return 0 if all(_whole(entry) for entry in bench.record["cases"]) else 1
+
+
+def _whole(entry: Mapping[str, Any]) -> bool:
+    """Whether a case has a timing of the engine, and one of the compiled peer where that takes part."""
+    timed = entry["figures"]["subjects"]
+    peer_is_there = entry["figures"]["peer"] or PEER not in kinds(Case(**entry["case"]))
+    return bool(peer_is_there and any(name.startswith("cuda") for name in timed))
 
 
 if __name__ == "__main__":

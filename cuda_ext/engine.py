@@ -17,6 +17,7 @@ from cuda_ext.memory import chunk
 from cuda_ext.packing import Packed, cache_elements, pack, table
 from cuda_ext.persistent import Persistent, State
 from cuda_ext.products import Choice, bucket, choose, logits_width
+from cuda_ext.ranges import ranged
 from cuda_ext.sampling import WORDS, Sampling
 from cuda_ext.tuning import Tuner
 
@@ -161,6 +162,7 @@ class Engine:
         self._batch, self._longest = 0, 0
 
     @_on_its_device
+    @ranged("prefill")
     def forward(self, input_ids: Tensor) -> Tensor:
         """Logits of all positions, from an empty past: int [batch, length] -> FP32 [batch, length, vocabulary]."""
         batch, length = self._accept(input_ids)
@@ -178,6 +180,7 @@ class Engine:
         return logits
 
     @_on_its_device
+    @ranged("prefill")
     def prefill(self, input_ids: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
         """Forget the past, read prompts, return the next tokens' logits: FP32 [batch, vocabulary].
 
@@ -314,6 +317,7 @@ class Engine:
     def _forward(self, batch: int) -> None:
         self._run("forward", batch, self._launch)
 
+    @ranged("sampling")
     def _draw(self, batch: int) -> None:
         tokens, position, lengths, drawn, finished, history = self._state(batch)
         ops.sample(self._logits[:batch], self._sampling, drawn, tokens)
@@ -331,6 +335,7 @@ class Engine:
             self._lengths[:batch], self._logits[:batch], splits, self._dependent,
         )  # fmt: skip
 
+    @ranged("persistent launch")
     def _launch_persistent(self, batch: int, *, steps: int, greedy: bool) -> None:
         assert self._persistent is not None
         state, logits = self._state(batch), self._logits[:batch]
@@ -387,6 +392,7 @@ class Engine:
         self._sampling.copy_(asked_for)
         return fastest
 
+    @ranged("decode")
     def _run(self, name: str, batch: int, step: Callable[[int], None]) -> None:
         """`step`; where this batch goes by graphs, by the graph of this name, captured when it is first met."""
         if self._way(batch) != "graph":

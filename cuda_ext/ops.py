@@ -188,18 +188,24 @@ def decode(
     )  # fmt: skip
 
 
-@_operation("workspace", "cache", "tokens", "position", "lengths", "step", "finished", "history", "logits")
+@_operation("workspace", "cache", "tokens", "position", "lengths", "step", "finished", "history", "logits", "stamps")
 def decode_persistent(
     table: Tensor, layers: Tensor, workspace: Tensor, cache: Tensor, tokens: Tensor, position: Tensor, lengths: Tensor,
     step: Tensor, finished: Tensor, history: Tensor, how: Tensor, logits: Tensor, greedy: bool, steps: int, blocks: int,
-    threads: int,
+    threads: int, work: int = 0, stamps: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """`steps` times `decode`, and if `greedy` the likeliest tokens and `advance` after each, in one launch."""
+    """`steps` times `decode`, and if `greedy` the likeliest tokens and `advance` after each, in one launch.
+
+    `work`: persistent.WORK's number; `stamps` int64: persistent.Persistent.room_for_stamps.
+    """
     _check([tokens, position, lengths, step, finished, history, how], [logits])
     _check_sampling(how)
+    if stamps is not None:
+        _check_stamps(stamps, blocks, tokens.device)
     _run(
         tokens.device, "hr_decode_persistent", table, layers, workspace, tokens, position, lengths, step, finished,
         history, history.shape[1], how, tokens.shape[0], int(greedy), steps, logits, logits.stride(0), blocks, threads,
+        work, stamps, 0 if stamps is None else stamps.shape[1],
     )  # fmt: skip
 
 
@@ -261,6 +267,14 @@ def _check(ints: Sequence[Tensor], floats: Sequence[Tensor] = ()) -> None:
 def _check_sampling(how: Tensor) -> None:
     if how.shape != (sampling.WORDS,) or how.data_ptr() % 8:
         raise CudaExtError(f"sampling parameters are int32 [{sampling.WORDS}] at an 8-byte address: Sampling.packed()")
+
+
+def _check_stamps(stamps: Tensor, blocks: int, device: torch.device) -> None:
+    """How many there must be of each block, the launcher knows and checks."""
+    if stamps.dtype != torch.int64 or not stamps.is_contiguous() or stamps.dim() != 2 or stamps.shape[0] < blocks:
+        raise CudaExtError(f"stamps are {stamps.dtype} {list(stamps.shape)}; give contiguous int64 [{blocks}, count]")
+    if stamps.device != device:
+        raise CudaExtError(f"stamps lie on {stamps.device}, the rest on {device}")
 
 
 def _address(tensor: Tensor | None) -> int | None:

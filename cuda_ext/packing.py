@@ -206,6 +206,11 @@ def table(
     return torch.tensor([LAYOUT, 2 + len(numbers), *numbers], dtype=torch.int64)
 
 
+def layer_count(table: torch.Tensor) -> int:
+    """Of a table that `table` made."""
+    return int(table[2])
+
+
 def cache_elements(shape: Shape, max_batch: int, capacity: int) -> int:
     """FP16 numbers in the keys and values of all layers."""
     return 2 * max_batch * sum(shape.kv_heads) * capacity * shape.head_dim

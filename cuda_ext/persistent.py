@@ -4,11 +4,12 @@ import torch
 from torch import Tensor
 
 from cuda_ext import ops
+from cuda_ext.packing import layer_count
 
 _THREADS = {"cuda": 384, "cpu": 64}  # of a block; csrc/persistent/block.h bounds the first, patience the second
 _CPU_BLOCKS = 3
-
-
+WORK = ("all", "copies", "barriers")
+"""What of the work a launch does (csrc/decode_persistent.h): copies are weights and barriers, without arithmetic."""
 State = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 """Tokens, position, lengths, step, finished, history, as in ops.decode_persistent."""
 
@@ -34,7 +35,14 @@ class Geometry:
 
 
 class Persistent:
-    """The launch geometry and the kernel's own buffers."""
+    """The launch geometry and the kernel's own buffers.
+
+    For measurements: `work`, one of WORK, is what launches do (without "all", tokens and logits mean nothing), and
+    `stamps`, of `room_for_stamps`, is where launches of many tokens leave their phases' times.
+    """
+
+    work = "all"
+    stamps: Tensor | None = None
 
     def __init__(
         self, table: Tensor, max_batch: int, device: torch.device, wanted: tuple[int, int] | None = None
@@ -56,5 +64,16 @@ class Persistent:
         """`how`: as in ops.sample."""
         ops.decode_persistent(
             self._table, self._layers, self._workspace, cache, *state, how, logits, greedy, steps,
-            self._geometry.blocks[logits.shape[0]], self._geometry.threads,
+            self._geometry.blocks[logits.shape[0]], self._geometry.threads, WORK.index(self.work),
+            self.stamps if greedy else None,
         )  # fmt: skip
+
+    def room_for_stamps(self, batch: int, steps: int) -> Tensor:
+        """Zeros for a launch of `steps` tokens a sequence: int64 [blocks, 2 x barriers + 2], nanoseconds.
+
+        A block began, came to its first barrier, left it, came to the second, ..., ended.
+        """
+        barriers = steps * (5 * layer_count(self._table) + 1)
+        return torch.zeros(
+            self._geometry.blocks[batch], 2 * barriers + 2, dtype=torch.int64, device=self._workspace.device
+        )

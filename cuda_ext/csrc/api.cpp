@@ -199,13 +199,14 @@ int64_t hr_persistent_bytes(const int64_t* table, int blocks, int threads) {
 int hr_decode_persistent(const int64_t* table, const void* layers, void* workspace, int* tokens, int* position,
                          int* lengths, int* step, int* finished, int* history, int history_capacity, const void* how,
                          int batch, int greedy, int steps, float* logits, int ld_logits, int blocks, int threads,
-                         int device, void* stream) {
+                         int work, uint64_t* stamps, int stamps_each, int device, void* stream) {
     return with(table, device, [&](const Model& m) {
         PersistentDecode p = persistent(m, batch, blocks, threads);
         p.layers = static_cast<const Layer*>(layers), p.workspace = workspace;
         p.state = {tokens, position, lengths, step, finished, history, static_cast<const Sampling*>(how), batch,
                    history_capacity, p.state.capacity};
         p.greedy = greedy != 0, p.logits = logits, p.ld_logits = ld_logits;
+        p.work = static_cast<PersistentWork>(work), p.stamps = stamps, p.stamps_each = stamps_each;
         return decode_persistent(p, steps, as_stream(stream));
     });
 }

@@ -47,7 +47,7 @@ int64_t hr_persistent_bytes(const int64_t* table, int blocks, int threads);
 int hr_decode_persistent(const int64_t* table, const void* layers, void* workspace, int* tokens, int* position,
                          int* lengths, int* step, int* finished, int* history, int history_capacity, const void* how,
                          int batch, int greedy, int steps, float* logits, int ld_logits, int blocks, int threads,
-                         int device, void* stream);
+                         int work, uint64_t* stamps, int stamps_each, int device, void* stream);
 
 const char* hr_error_text(int code);
 }

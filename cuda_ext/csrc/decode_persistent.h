@@ -35,7 +35,12 @@ struct PersistentDecode {
     int splits;           // over how many blocks a head's keys are spread at most; 0: chosen by the blocks there are
     size_t shared_bytes;  // of each block; 0: all that the device gives
     PersistentWork work;
+    uint64_t* stamps;   // null, or [blocks, stamps_each] nanoseconds: when a block began, came to a barrier, left it,
+    int stamps_each;    // came to the next, ..., ended; at least persistent_stamps(). What was not reached stays
 };
+
+// How many stamps a block writes in a launch of `steps`.
+int persistent_stamps(const PersistentDecode& what, int steps);
 
 // Up to `steps` tokens a sequence, fewer where all sequences have finished; more than one only if greedy.
 // Returns 0, the CUDA error of the launch, or cudaErrorInvalidValue for sizes that do not fit.

@@ -167,6 +167,14 @@ HR_DEVICE void bulk_copy(void* shared, const void* global, unsigned bytes, uint6
 #endif
 }
 
+// ---- time ----
+// The GPU's own clock, the same for all multiprocessors; how finely it ticks is the card's affair.
+HR_DEVICE uint64_t global_nanoseconds() {
+    uint64_t now;
+    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now)::"memory");
+    return now;
+}
+
 // ---- between blocks and launches ----
 // All blocks of a cooperative launch meet. `counter` starts at 0 and only grows; `round` is 1, 2, 3, ...
 HR_DEVICE void grid_barrier(unsigned* counter, unsigned round) {

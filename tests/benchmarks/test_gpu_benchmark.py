@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,8 +14,9 @@ from transformers import GPT2Config
 
 from benchmarks import gpu, gpu_case, isolated, subjects
 from benchmarks.checkpoints import write_checkpoints
-from benchmarks.subjects import EAGER, STOCK, Case, Check, EagerSubject, Kind, kinds
+from benchmarks.subjects import EAGER, SAMPLINGS, STOCK, Case, Check, EagerSubject, Kind, kinds, least_drawn
 from benchmarks.timing import in_turns
+from cuda_ext.engine import DECODE
 from eval.errors import WorkError
 from pipeline.model import CompactGPT2Config
 
@@ -73,6 +75,47 @@ def test_the_check_refuses_wrong_logits_and_wrong_tokens(checkpoints: tuple[Path
         right.model.transformer.ln_f.bias.fill_(float("nan"))
     with pytest.raises(WorkError, match="relative error nan"):
         check(right)
+
+
+@pytest.mark.parametrize("how", [name for name in SAMPLINGS if name])
+def test_sampled_tokens_are_checked_too(checkpoints: tuple[Path, CompactGPT2Config], how: str) -> None:
+    """The engine's draws pass; a token that may not be drawn does not."""
+    case = dataclasses.replace(CASE, sampling=how)
+    assert case.name == f"decode 2 x 9, {how}" and set(kinds(case)) == {f"cuda {mode}" for mode in DECODE}
+    folder = checkpoints[0] / "pruned"
+    check = Check(folder, case, "cpu")
+    subject = kinds(case)["cuda eager"].make(folder, case, "cpu")
+    assert check(subject)["regret"] <= check.allowed_regret
+
+    class Unlikely(EagerSubject):
+        def burst(self, count: int) -> torch.Tensor:
+            return self.logits.argmin(-1, keepdim=True).repeat(1, count)
+
+    with pytest.raises(WorkError, match="wrong tokens"):
+        check(Unlikely(subjects._eager(folder, case, "cpu").model))
+
+
+def test_the_least_that_may_be_drawn() -> None:
+    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
+    assert least_drawn(logits).exp().item() == pytest.approx(0.5)
+    for how, wanted in (({"top_k": 3}, 0.15), ({"top_p": 0.79}, 0.3), ({"top_p": 0.81}, 0.15), ({"top_p": 1.0}, 0.05)):
+        assert least_drawn(logits, temperature=1.0, **how).exp().item() == pytest.approx(wanted)
+    # Twice as hot: 0.38, 0.29, 0.21, 0.12 of the whole; top-p is of those that top-k kept.
+    assert least_drawn(logits, temperature=2.0, top_p=0.8).exp().item() == pytest.approx(0.15)
+    assert least_drawn(logits, temperature=1.0, top_k=2, top_p=0.62).exp().item() == pytest.approx(0.5)
+
+
+def test_dependent_launch_is_off_where_the_subject_says_so(
+    monkeypatch: pytest.MonkeyPatch, checkpoints: tuple[Path, CompactGPT2Config]
+) -> None:
+    seen: list[str | None] = []
+    monkeypatch.setattr(
+        subjects.Engine, "from_checkpoint", lambda *where, **how: seen.append(os.environ.get(subjects.DEPENDENT))
+    )
+    monkeypatch.delenv(subjects.DEPENDENT, raising=False)
+    for name in (subjects.NO_DEPENDENT, "cuda graph"):
+        kinds(CASE)[name].make(checkpoints[0], CASE, "cpu")
+    assert seen == ["0", None] and subjects.DEPENDENT not in os.environ
 
 
 def test_a_case_times_the_right_and_tells_of_the_rest(

@@ -46,6 +46,7 @@ MATVEC_HEADS = "test_matvec.py -k rotary_and_grouped_heads"
 PERSISTENT = "test_persistent.py -k any_order and bulk"
 PERSISTENT_WINDOW = "test_persistent.py -k before_a_window and bulk"
 PERSISTENT_CP_ASYNC = "test_persistent.py -k any_order and cp_async"
+PERSISTENT_STAMPS = "test_persistent.py -k stamps and bulk-0"
 PERSISTENT_MANY = "test_persistent.py -k many_tokens and bulk-1"
 SAMPLE = "test_sample.py -k seed_row_and_step"
 
@@ -178,10 +179,14 @@ MUTATIONS = {
         "kernels/decode_persistent.cu", "sync_block();", ";", PERSISTENT, after="if (first > m.begin)"
     ),
     "persistent: merges before all parts are there": Mutation(
-        "kernels/decode_persistent.cu", "grid_barrier(counters, ++round);", "", PERSISTENT, after="attend<128>"
+        "kernels/decode_persistent.cu", "meet();", "", PERSISTENT, after="attend<128>"
+    ),
+    "persistent: left a barrier before it is met": Mutation(
+        "kernels/decode_persistent.cu", "grid_barrier(counters, ++round);\n        stamp(2 * round);",
+        "stamp(2 * round + 2);\n        grid_barrier(counters, ++round);", PERSISTENT_STAMPS,
     ),
     "persistent: chooses before all blocks have nominated": Mutation(
-        "kernels/decode_persistent.cu", "grid_barrier(counters, ++round);", "", PERSISTENT_MANY, after="nominate<ROWS>"
+        "kernels/decode_persistent.cu", "meet();", "", PERSISTENT_MANY, after="nominate<ROWS>"
     ),
     "sample: the argmax before all warps wrote": Mutation(
         "kernels/sample.cu", "sync_block();", "", SAMPLE, after="keys[kWarps + warp_id()] ="

@@ -138,6 +138,7 @@ class Decoder:
         library.hr_test_persistent_layer_bytes.restype = ctypes.c_int64
         table_bytes = len(model.layers) * library.hr_test_persistent_layer_bytes()
         self.table = torch.full((table_bytes,), 0xFF, dtype=torch.uint8)  # of layers, as the kernel reads it
+        self.stamps: torch.Tensor | None = None
         self.workspace = torch.empty(0, dtype=torch.uint8)
         self.workspace = torch.full((library.hr_test_persistent_workspace(self._numbers()),), 0xFF, dtype=torch.uint8)
         self.workspace[:8] = 0  # the counters
@@ -168,6 +169,7 @@ class Decoder:
         numbers += [self.history.shape[1], self.how.data_ptr(), self.greedy]
         numbers += [self.logits.data_ptr(), self.logits.shape[1], self.workspace.data_ptr()]
         numbers += [shape.blocks, shape.threads, shape.splits, shape.shared_bytes, shape.work]
+        numbers += [0, 0] if self.stamps is None else [self.stamps.data_ptr(), self.stamps.shape[1]]
         numbers += [self.table.data_ptr(), len(model.layers)]
         for readers, window, kv_head, layer, cache in zip(
             s.readers, s.windows, model.kv_heads, model.layers, model.caches, strict=True
@@ -360,6 +362,30 @@ def test_modes_that_measure_overhead(library: ctypes.CDLL, work: int) -> None:
     assert decoder.run(3) == 0, library.hr_host_error()
     assert torch.isnan(decoder.logits).all() and (decoder.history == -1).all()
     assert all(torch.isnan(cache).all() for cache in model.caches)
+
+
+@pytest.mark.parametrize("work", [ALL, BARRIERS])
+def test_stamps_are_in_order_and_change_nothing(library: ctypes.CDLL, work: int) -> None:
+    """Of each block: its begin, two of each barrier, its end. Nobody leaves a barrier before all have come."""
+    steps, barriers = 3, 5 * 2 + 1
+    stamps = torch.zeros(3, 2 * steps * barriers + 2 + 5, dtype=torch.int64)
+    results = []
+    for given in (None, stamps):
+        library.hr_host_seed(1)
+        model = Model(Sizes(), 1, seed=3)
+        model.fill([21], seed=2)
+        decoder = Decoder(library, model, Shape(3, work=work), greedy=True)
+        decoder.stamps = given
+        decoder.start([5], [21])
+        assert decoder.run(steps) == 0, library.hr_host_error()
+        results.append([decoder.logits, decoder.history, *model.caches])
+    for plain, stamped in zip(*results, strict=True):
+        assert torch.equal(plain.nan_to_num(), stamped.nan_to_num())
+    written = stamps[:, : 2 * steps * barriers + 2]
+    assert (written.diff() > 0).all() and (written[:, 0] > 0).all() and not stamps[:, written.shape[1] :].any()
+    assert (written[:, 1:-1:2].amax(0) < written[:, 2:-1:2].amin(0)).all()
+    decoder.stamps = stamps[:, : written.shape[1] - 1].contiguous()
+    assert decoder.run(steps) != 0  # no room
 
 
 def test_what_does_not_fit_is_refused(library: ctypes.CDLL) -> None:

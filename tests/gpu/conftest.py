@@ -1,38 +1,14 @@
 """Kernels on the GPU, through the same shims as on the CPU (tests/cuda_ext/shims/ops.cpp), built by nvcc."""
 
 import ctypes
-import hashlib
-import subprocess
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from shims import shim_library
 
-from cuda_ext import build
-
-SHIM = Path(__file__).parents[1] / "cuda_ext" / "shims" / "ops.cpp"
 GUARD = 4096
-
-
-def shim_library() -> Path:
-    """All kernels and their plain entry points as one library for this GPU, kept in the build cache."""
-    architectures = build.wanted_architectures()
-    nvcc = build.find_nvcc()
-    key = build.key(architectures, hashlib.sha256(SHIM.read_bytes()).hexdigest())
-    path = build.cache_folder() / f"shims-{key}.so"
-    if not path.exists():
-        part = path.with_suffix(".part")
-        targets = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in architectures]
-        sources = [f"kernels/{name}.cu" for name in build.KERNELS]
-        command = [nvcc, *build.FLAGS, *targets, "--threads", "0", "-I.", "-shared", "-cudart", "static", *sources]
-        done = subprocess.run(
-            [*command, str(SHIM), "-o", str(part)], cwd=build.CSRC, capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, done.stderr[-4000:]
-        part.rename(path)
-    return path
 
 
 class Ops:

@@ -21,18 +21,23 @@ SCRIPT = Path(__file__).parent / "sanitize.py"
 PROBE = "import torch; torch.zeros(8, device='cuda').add_(1); torch.cuda.synchronize()"
 
 
-def under(tool: str, *program: str, timeout: float = 280) -> subprocess.CompletedProcess[str]:
+def under(tool: str, *program: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
+    """Three modes of a tool fit the limit that benchmarks/gpu_all.py gives them; what was said before it is shown."""
     assert TOOL is not None
     command = [TOOL, "--tool", tool, "--error-exitcode", "86", "--print-limit", "5", *_OPTIONS.get(tool, [])]
     environment = dict(os.environ, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
-    return subprocess.run(
-        [*command, sys.executable, *program],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
+    try:
+        return subprocess.run(
+            [*command, sys.executable, *program],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as late:
+        said = b"".join(part for part in (late.stdout, late.stderr) if isinstance(part, bytes))
+        pytest.fail(f"no end within {timeout:.0f} s: {said.decode(errors='replace')[-3000:] or 'no output'}")
 
 
 _OPTIONS = {"memcheck": ["--padding", "64"], "racecheck": ["--racecheck-report", "all"]}

@@ -339,6 +339,11 @@ HR_DEVICE void bulk_copy(void* shared, const void* global, unsigned bytes, uint6
 HR_DEVICE void grid_barrier(unsigned* counter, unsigned round) {
     host::meet_grid(counter, round);
 }
+// No time passes here: a counter that goes up with each look.
+HR_DEVICE uint64_t global_nanoseconds() {
+    static uint64_t now = 0;
+    return ++now;
+}
 HR_DEVICE void wait_for_previous_launch() {}
 HR_DEVICE void let_next_launch_begin() {}
 

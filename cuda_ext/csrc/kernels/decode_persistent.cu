@@ -126,6 +126,16 @@ HR_KERNEL void HR_LAUNCH_BOUNDS(kMaxThreads, 1) decode_kernel(Plan plan) {
     unsigned* counters = static_cast<unsigned*>(p.workspace);
     unsigned round = 0;
     const bool all_work = p.work == PersistentWork::kAll;
+    const auto stamp = [&](unsigned place) {
+        if (p.stamps == nullptr || b.thread != 0) return;
+        p.stamps[static_cast<int64_t>(blockIdx.x) * p.stamps_each + place] = global_nanoseconds();
+    };
+    const auto meet = [&] {
+        stamp(2 * round + 1);
+        grid_barrier(counters, ++round);
+        stamp(2 * round);
+    };
+    stamp(0);
 
     const auto* table = reinterpret_cast<const uint32_t*>(p.layers);
     const int words = p.layer_count * static_cast<int>(sizeof(Layer) / sizeof(uint32_t));
@@ -158,28 +168,28 @@ HR_KERNEL void HR_LAUNCH_BOUNDS(kMaxThreads, 1) decode_kernel(Plan plan) {
                 b, ring, 4 * index, layer.qkv_bias,
                 [&](int r, int row, float value) { return in_position<ROWS>(b, layer, r, row, value); },
                 [&](int r, int row, float value) { write_qkv(b, layer, r, row, value); });
-            grid_barrier(counters, ++round);
+            meet();
             if (all_work) {
                 if (p.head_dim == 32) attend<32>(b, layer);
                 if (p.head_dim == 64) attend<64>(b, layer);
                 if (p.head_dim == 128) attend<128>(b, layer);
             }
-            grid_barrier(counters, ++round);
+            meet();
             if (all_work) merge_attention<ROWS>(b, layer);
             product<ROWS>(b, ring, 4 * index + 1, layer.out_bias, add);
             norm = Norm(b, layer.ln2_gain, layer.ln2_bias);
-            grid_barrier(counters, ++round);
+            meet();
             if (all_work) normalise<ROWS>(b, norm, false);
             product<ROWS>(b, ring, 4 * index + 2, layer.fc_bias, [&](int r, int row, float value) {
                 b.inner()[static_cast<int64_t>(r) * p.ld_inner + row] = to_half(gelu_tanh(value));
             });
-            grid_barrier(counters, ++round);
+            meet();
             if (all_work) load_inner<ROWS>(b);
             product<ROWS>(b, ring, 4 * index + 3, layer.proj_bias, add);
             const bool last = index + 1 == p.layer_count;
             const Layer& next = b.layer(last ? index : index + 1);
             norm = Norm(b, last ? p.lnf_gain : next.ln1_gain, last ? p.lnf_bias : next.ln1_bias);
-            grid_barrier(counters, ++round);
+            meet();
         }
         if (all_work) normalise<ROWS>(b, norm, false);
         Best best;
@@ -190,7 +200,7 @@ HR_KERNEL void HR_LAUNCH_BOUNDS(kMaxThreads, 1) decode_kernel(Plan plan) {
         if (!p.greedy) break;  // then there is one step
         if (all_work) nominate<ROWS>(b, best);
         norm = Norm(b, b.layer(0).ln1_gain, b.layer(0).ln1_bias);
-        grid_barrier(counters, ++round);
+        meet();
         if (!all_work) continue;
         pick(b);
         bool over = true;
@@ -198,6 +208,7 @@ HR_KERNEL void HR_LAUNCH_BOUNDS(kMaxThreads, 1) decode_kernel(Plan plan) {
         if (over) break;
     }
     ring.drain();
+    stamp(2 * round + 1);
     // Nobody is in a barrier any more once all are here: the last one readies the counters for the next launch.
     if (b.thread == 0 && atomic_add(counters + 1, 1u) + 1 == gridDim.x) counters[0] = counters[1] = 0;
 }
@@ -207,6 +218,11 @@ auto* kernel_for(int batch) {
 }
 
 }  // namespace
+
+int persistent_stamps(const PersistentDecode& what, int steps) {
+    const int barriers = 5 * what.layer_count + (what.greedy ? 1 : 0);
+    return 2 * steps * barriers + 2;
+}
 
 size_t persistent_workspace_bytes(const PersistentDecode& what) {
     return Plan(what, 1).workspace_bytes;
@@ -220,6 +236,7 @@ int persistent_max_blocks(const PersistentDecode& what) {
 int decode_persistent(const PersistentDecode& what, int steps, Stream stream) {
     const Plan plan(what, steps);
     if (!plan.valid() || what.blocks < 1 || steps < 1 || (steps > 1 && !what.greedy)) return kInvalid;
+    if (what.stamps != nullptr && what.stamps_each < persistent_stamps(what, steps)) return kInvalid;
     Launch how{dim3(static_cast<unsigned>(what.blocks)), dim3(static_cast<unsigned>(what.threads)), plan.shared_bytes,
                stream};
     how.cooperative = true;

@@ -33,6 +33,7 @@ PersistentDecode read(const int64_t* numbers, float epsilon) {
     p.blocks = r.number(), p.threads = r.number(), p.splits = r.number();
     p.shared_bytes = static_cast<size_t>(r.number());
     p.work = static_cast<PersistentWork>(r.number());
+    p.stamps = r.address<uint64_t>(), p.stamps_each = r.number();
     Layer* const layers = r.address<Layer>();
     p.layers = layers, p.layer_count = r.number();
     for (int i = 0; i < p.layer_count; ++i) {
