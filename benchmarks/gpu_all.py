@@ -192,12 +192,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     try:
         parts = chosen(all_parts(choices.out), choices.only, choices.skip)
-        os.environ |= environment(choices.device, torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES"))
+        visible = environment(choices.device, torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES"))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    record = about(choices.device)  # GPUs in the order in which the caller numbers them, so before it changes
+    os.environ |= visible
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # the part that runs ends first
-    return drive(parts, choices.seconds, choices.out, about(choices.device))
+    return drive(parts, choices.seconds, choices.out, record)
 
 
 def drive(parts: Sequence[Part], seconds: float, out: Path, record: dict[str, Any]) -> int:
