@@ -467,7 +467,7 @@ class Engine:
 
     def _rows_of_logits(self, count: int) -> Tensor:
         """FP32 [count, vocabulary], the same apart everywhere: cuBLASLt's algorithms were measured for that."""
-        padded = torch.empty(count, logits_width(self.shape.vocabulary), device=self.device)
+        padded = torch.zeros(count, logits_width(self.shape.vocabulary), device=self.device)  # a capture reads all
         return padded[:, : self.shape.vocabulary]
 
     def _full(self, batch: int, value: int) -> Tensor:

@@ -573,6 +573,18 @@ def test_what_it_does_not_know_it_names_with_the_line(ptx: Ptx, line: str, words
     assert line.split()[0].strip(";") in ptx.lib.hr_ptx_unknown().decode()
 
 
+def test_a_clock_goes_up_with_each_look(ptx: Ptx) -> None:
+    out = np.zeros((2, 32), np.uint64)
+    body = """mov.u64 %q1, %globaltimer;
+    mov.u64 %q2, %globaltimer;
+    mul.wide.u32 %q3, %x, 8;
+    add.s64 %q3, %q3, %p0;
+    st.global.u64 [%q3], %q1;
+    st.global.u64 [%q3+256], %q2;"""
+    assert ptx.run(body, out) == 0, ptx.error
+    assert (out[1] > out[0]).all() and (out[0] == out[0, 0]).all()
+
+
 def test_barriers_order_shared_memory(ptx: Ptx) -> None:
     """The races of FAULTS are none with a barrier between; and without `races`, nobody looks."""
     write, read = f"{PLACE} st.shared.u32 [%r1], %x;", "ld.shared.u32 %r3, [block_memory];"

@@ -46,4 +46,4 @@ def test_on_each_call_is_a_range(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_engine_costs_nothing_without() -> None:
-    assert not hasattr(Engine.prefill, "__wrapped__")
+    assert not hasattr(Engine._draw, "__wrapped__")

@@ -33,6 +33,19 @@ uint32_t Decoder::bare_address(size_t operand, uint32_t width) {
     return registers.source(trim(text.substr(1, text.size() - 2)), width);
 }
 
+bool decode_clock(Decoder& d) {
+    if (d.i.opcode != "mov.u64" || d.operands.at(1) != "%globaltimer") return false;
+    d.i.to = d.target(0, kWide);
+    d.i.execute = [](Warp& warp, const Instruction& i, Lanes lanes) {
+        static uint64_t looks = 0;  // a clock that goes up with each look
+        ++looks;
+        for (uint32_t lane = 0; lane < kWarp; ++lane) {
+            if ((lanes >> lane & 1) != 0) warp.at<uint64_t>(i.to)[lane] = looks;
+        }
+    };
+    return true;
+}
+
 bool decode_control(Decoder& d) {
     const std::string& opcode = d.i.opcode;
     if (opcode == "ret" || opcode == "exit") {
@@ -55,7 +68,7 @@ bool decode_control(Decoder& d) {
 
 void decode(Instruction& i, Kernel& kernel, Registers& registers, const std::vector<std::string>& operands) {
     Decoder d{i, kernel, registers, operands, split(i.opcode, '.')};
-    for (const auto family : {decode_arithmetic, decode_memory, decode_async_copy, decode_warp_operation,
+    for (const auto family : {decode_clock, decode_arithmetic, decode_memory, decode_async_copy, decode_warp_operation,
                               decode_tensor_core, decode_control}) {
         if (family(d)) return;
     }

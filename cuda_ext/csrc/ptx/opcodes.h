@@ -30,6 +30,7 @@ struct Decoder {
 void decode(Instruction& i, Kernel& kernel, Registers& registers, const std::vector<std::string>& operands);
 
 // Each knows a family, and returns whether the opcode is one of it.
+bool decode_clock(Decoder& d);
 bool decode_arithmetic(Decoder& d);
 bool decode_memory(Decoder& d);
 bool decode_async_copy(Decoder& d);
