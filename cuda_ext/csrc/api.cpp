@@ -51,13 +51,13 @@ bool read(const int64_t* table, Model& m) {
     for (int i = 0; i < layers && r.good; ++i) {
         Layer layer{};
         const int heads = r.number(), kv_heads = r.number(), window = r.number();
-        layer.queries = {heads, reinterpret_cast<const int*>(r.address()), window};
+        const Queries queries{heads, reinterpret_cast<const int*>(r.address()), window};
         for (const half** part : {&layer.ln1_gain, &layer.ln1_bias, &layer.qkv_weight, &layer.qkv_bias, &layer.out_weight,
                                   &layer.out_bias, &layer.ln2_gain, &layer.ln2_bias, &layer.fc_weight, &layer.fc_bias,
                                   &layer.proj_weight, &layer.proj_bias})
             *part = r.address();
         half* k = r.address();
-        layer.cache = {k, r.address(), kv_heads, capacity, m.head_dim};
+        layer.set_attention(queries, {k, r.address(), kv_heads, capacity, m.head_dim});
         m.layers.push_back(layer);
     }
     for (int64_t left = r.take(); left > 0 && r.good; --left) {

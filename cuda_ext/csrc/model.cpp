@@ -82,7 +82,7 @@ int feed_forward(const Model& model, const Layer& layer, const Workspace& w, int
 // Queries, keys and values of many rows, the latter into the cache.
 int project(const Model& model, const Layer& layer, const Workspace& w, const int* start, const int* lengths, int batch,
             int length, Stream stream) {
-    const int rows = batch * length, width = layer.qkv_width();
+    const int rows = batch * length, width = layer.qkv_width;
     Sequence run;
     run(layer_norm(w.x, nullptr, layer.ln1_gain, layer.ln1_bias, w.normal, rows, model.width, model.ld_width,
                    model.ld_width, model.epsilon, stream));
@@ -93,7 +93,7 @@ int project(const Model& model, const Layer& layer, const Workspace& w, const in
 }
 
 int add_attention(const Model& model, const Layer& layer, const Workspace& w, int rows, Stream stream) {
-    const int all = layer.query_width();
+    const int all = layer.query_width;
     return multiply(model, w, w.attention, all, layer.out_weight, all, layer.out_bias, w.x, model.ld_width, rows,
                     model.width, all, Epilogue::kResidual, stream);
 }
@@ -128,9 +128,9 @@ int decode_rows(const Model& model, const Workspace& w, unsigned* counters, cons
         run(matvec(p, dependent, stream));
     };
     for (const Layer& layer : model.layers) {
-        const int all = layer.query_width();
+        const int all = layer.query_width;
         Matvec qkv =
-            from_residual(layer.ln1_gain, layer.ln1_bias, layer.qkv_weight, layer.qkv_bias, layer.qkv_width());
+            from_residual(layer.ln1_gain, layer.ln1_bias, layer.qkv_weight, layer.qkv_bias, layer.qkv_width);
         qkv.out = MatvecOut::kQkv, qkv.out_half = w.qkv, qkv.ld_out = all, qkv.heads = layer.queries.heads;
         qkv.cache = layer.cache, qkv.rotary = model.rotary, qkv.position = position;
         run(matvec(qkv, dependent, stream));
@@ -161,8 +161,8 @@ int prefill(const Model& model, void* workspace, const int* tokens, const int* s
     run(embed(tokens, start, model.wte, model.wpe, w.x, batch, length, model.position_rows, model.ld_width, stream));
     for (const Layer& layer : model.layers) {
         run(project(model, layer, w, start, lengths, batch, length, stream));
-        run(attention_prefill(w.qkv, layer.qkv_width(), layer.queries, layer.cache, start, lengths, w.attention,
-                              layer.query_width(), batch, length, stream));
+        run(attention_prefill(w.qkv, layer.qkv_width, layer.queries, layer.cache, start, lengths, w.attention,
+                              layer.query_width, batch, length, stream));
         run(add_attention(model, layer, w, batch * length, stream));
         run(feed_forward(model, layer, w, batch * length, stream));
     }
@@ -198,8 +198,8 @@ int decode(const Model& model, void* workspace, unsigned* counters, const int* t
     }
     for (const Layer& layer : model.layers) {
         run(project(model, layer, w, position, nullptr, batch, 1, stream));
-        run(attention_decode(w.qkv, layer.qkv_width(), layer.queries, layer.cache, lengths, w.attention,
-                             layer.query_width(), batch, splits, w.partial, counters, false, stream));
+        run(attention_decode(w.qkv, layer.qkv_width, layer.queries, layer.cache, lengths, w.attention,
+                             layer.query_width, batch, splits, w.partial, counters, false, stream));
         run(add_attention(model, layer, w, batch, stream));
         run(feed_forward(model, layer, w, batch, stream));
     }

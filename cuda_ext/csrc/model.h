@@ -12,9 +12,13 @@ struct Layer {
     const half *ln1_gain, *ln1_bias, *qkv_weight, *qkv_bias, *out_weight, *out_bias;
     const half *ln2_gain, *ln2_bias, *fc_weight, *fc_bias, *proj_weight, *proj_bias;
     KvCache cache;
+    int query_width, qkv_width;  // of q, and of q, k and v together: numbers of a row; see set_attention
 
-    HR_ANY int query_width() const { return queries.heads * cache.head_dim; }
-    HR_ANY int qkv_width() const { return (queries.heads + 2 * cache.heads) * cache.head_dim; }
+    void set_attention(const Queries& queries_, const KvCache& cache_) {
+        queries = queries_, cache = cache_;
+        query_width = queries.heads * cache.head_dim;
+        qkv_width = query_width + 2 * cache.heads * cache.head_dim;
+    }
 };
 
 // The way that was measured to be the fastest for products of rows / 2 + 1 to `rows` rows.
@@ -34,7 +38,7 @@ struct Model {
     float epsilon;
     Rotary rotary;
     const half *wte, *wpe, *lnf_gain, *lnf_bias;
-    std::vector<Layer> layers;  // rows of out_weight are query_width() apart
+    std::vector<Layer> layers;  // rows of out_weight are query_width apart
     std::vector<Choice> choices;
 };
 

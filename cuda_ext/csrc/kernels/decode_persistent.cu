@@ -80,7 +80,7 @@ HR_DEVICE float in_position(const Block& b, const Layer& layer, int r, int row, 
     const Rotary& rotary = b.p.rotary;
     if (rotary.dims == 0) return value;
     const float partner = warp_xor(value, ROWS);
-    const int d = row % b.p.head_dim, turning = layer.query_width() + layer.cache.heads * b.p.head_dim;
+    const int d = row % b.p.head_dim, turning = layer.query_width + layer.cache.heads * b.p.head_dim;
     if (r >= b.batch() || row >= turning || d >= rotary.dims) return value;
     return turned(rotary_angle(rotary, b.state().position[r], d), d, value, partner);
 }
@@ -88,7 +88,7 @@ HR_DEVICE float in_position(const Block& b, const Layer& layer, int r, int row, 
 // Queries for all to see, keys and values into the cache.
 HR_DEVICE void write_qkv(const Block& b, const Layer& layer, int r, int row, float value) {
     const KvCache& cache = layer.cache;
-    const int dim = b.p.head_dim, q_width = layer.query_width(), kv_width = cache.heads * dim;
+    const int dim = b.p.head_dim, q_width = layer.query_width, kv_width = cache.heads * dim;
     const int position = b.state().position[r];
     if (row < q_width) {
         b.q()[r * q_width + row] = to_half(value);

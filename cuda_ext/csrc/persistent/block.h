@@ -8,7 +8,7 @@ namespace headroom::persistent {
 
 constexpr int kMaxThreads = 384, kMaxSplits = 16;
 constexpr int kMaxStage = 1024;  // halves
-constexpr int kPair = 2;         // rows of q and k that rotary positions turn together
+constexpr int kPairBits = 1, kPair = 1 << kPairBits;  // rows of q and k that rotary positions turn together
 
 // Of each sequence, the same in all blocks.
 struct State {
@@ -105,9 +105,9 @@ struct Block {
         const Layer& of = layer(index / 4);
         switch (index % 4) {
             case 0:
-                return {of.qkv_weight, of.qkv_width(), p.ld_width, stage, kPair};
+                return {of.qkv_weight, of.qkv_width, p.ld_width, stage, kPairBits};
             case 1:
-                return {of.out_weight, p.width, of.query_width(), stage};
+                return {of.out_weight, p.width, of.query_width, stage};
             case 2:
                 return {of.fc_weight, p.inner, p.ld_width, stage};
             default:

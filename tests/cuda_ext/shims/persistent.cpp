@@ -39,13 +39,13 @@ PersistentDecode read(const int64_t* numbers, float epsilon) {
     for (int i = 0; i < p.layer_count; ++i) {
         Layer& layer = layers[i] = {};
         const int heads = r.number(), kv_heads = r.number();
-        layer.queries = {heads, r.address<const int>(), r.number()};
+        const Queries queries{heads, r.address<const int>(), r.number()};
         for (const half** part : {&layer.ln1_gain, &layer.ln1_bias, &layer.qkv_weight, &layer.qkv_bias, &layer.out_weight,
                                   &layer.out_bias, &layer.ln2_gain, &layer.ln2_bias, &layer.fc_weight, &layer.fc_bias,
                                   &layer.proj_weight, &layer.proj_bias})
             *part = r.address();
         half* k = r.address();
-        layer.cache = {k, r.address(), kv_heads, s.capacity, p.head_dim};
+        layer.set_attention(queries, {k, r.address(), kv_heads, s.capacity, p.head_dim});
         if (heads > p.most_heads) p.most_heads = heads;
     }
     return p;
