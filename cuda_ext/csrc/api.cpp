@@ -52,12 +52,15 @@ bool read(const int64_t* table, Model& m) {
         Layer layer{};
         const int heads = r.number(), kv_heads = r.number(), window = r.number();
         const Queries queries{heads, reinterpret_cast<const int*>(r.address()), window};
-        for (const half** part : {&layer.ln1_gain, &layer.ln1_bias, &layer.qkv_weight, &layer.qkv_bias, &layer.out_weight,
-                                  &layer.out_bias, &layer.ln2_gain, &layer.ln2_bias, &layer.fc_weight, &layer.fc_bias,
-                                  &layer.proj_weight, &layer.proj_bias})
+        Linear* const linear = layer.linear;
+        for (const half** part :
+             {&layer.ln1_gain, &layer.ln1_bias, &linear[kQkv].weight, &linear[kQkv].bias, &linear[kOut].weight,
+              &linear[kOut].bias, &layer.ln2_gain, &layer.ln2_bias, &linear[kFc].weight, &linear[kFc].bias,
+              &linear[kProj].weight, &linear[kProj].bias})
             *part = r.address();
         half* k = r.address();
-        layer.set_attention(queries, {k, r.address(), kv_heads, capacity, m.head_dim});
+        const KvCache cache{k, r.address(), kv_heads, capacity, m.head_dim};
+        layer.set_sizes(queries, cache, m.width, m.inner, m.ld_width, m.ld_inner);
         m.layers.push_back(layer);
     }
     for (int64_t left = r.take(); left > 0 && r.good; --left) {

@@ -72,9 +72,9 @@ int feed_forward(const Model& model, const Layer& layer, const Workspace& w, int
     Sequence run;
     run(layer_norm(w.x, nullptr, layer.ln2_gain, layer.ln2_bias, w.normal, rows, model.width, model.ld_width,
                    model.ld_width, model.epsilon, stream));
-    run(multiply(model, w, w.normal, model.ld_width, layer.fc_weight, model.ld_width, layer.fc_bias, w.inner,
+    run(multiply(model, w, w.normal, model.ld_width, layer.linear[kFc].weight, model.ld_width, layer.linear[kFc].bias, w.inner,
                  model.ld_inner, rows, model.inner, model.width, Epilogue::kGelu, stream));
-    run(multiply(model, w, w.inner, model.ld_inner, layer.proj_weight, model.ld_inner, layer.proj_bias, w.x,
+    run(multiply(model, w, w.inner, model.ld_inner, layer.linear[kProj].weight, model.ld_inner, layer.linear[kProj].bias, w.x,
                  model.ld_width, rows, model.width, model.inner, Epilogue::kResidual, stream));
     return run.error;
 }
@@ -82,19 +82,19 @@ int feed_forward(const Model& model, const Layer& layer, const Workspace& w, int
 // Queries, keys and values of many rows, the latter into the cache.
 int project(const Model& model, const Layer& layer, const Workspace& w, const int* start, const int* lengths, int batch,
             int length, Stream stream) {
-    const int rows = batch * length, width = layer.qkv_width;
+    const int rows = batch * length, width = layer.qkv_width();
     Sequence run;
     run(layer_norm(w.x, nullptr, layer.ln1_gain, layer.ln1_bias, w.normal, rows, model.width, model.ld_width,
                    model.ld_width, model.epsilon, stream));
-    run(multiply(model, w, w.normal, model.ld_width, layer.qkv_weight, model.ld_width, layer.qkv_bias, w.qkv, width, rows,
+    run(multiply(model, w, w.normal, model.ld_width, layer.linear[kQkv].weight, model.ld_width, layer.linear[kQkv].bias, w.qkv, width, rows,
                  width, model.width, Epilogue::kHalf, stream));
     run(kv_append(w.qkv, width, layer.queries.heads, layer.cache, model.rotary, start, lengths, batch, length, stream));
     return run.error;
 }
 
 int add_attention(const Model& model, const Layer& layer, const Workspace& w, int rows, Stream stream) {
-    const int all = layer.query_width;
-    return multiply(model, w, w.attention, all, layer.out_weight, all, layer.out_bias, w.x, model.ld_width, rows,
+    const int all = layer.query_width();
+    return multiply(model, w, w.attention, all, layer.linear[kOut].weight, all, layer.linear[kOut].bias, w.x, model.ld_width, rows,
                     model.width, all, Epilogue::kResidual, stream);
 }
 
@@ -128,19 +128,19 @@ int decode_rows(const Model& model, const Workspace& w, unsigned* counters, cons
         run(matvec(p, dependent, stream));
     };
     for (const Layer& layer : model.layers) {
-        const int all = layer.query_width;
+        const int all = layer.query_width();
         Matvec qkv =
-            from_residual(layer.ln1_gain, layer.ln1_bias, layer.qkv_weight, layer.qkv_bias, layer.qkv_width);
+            from_residual(layer.ln1_gain, layer.ln1_bias, layer.linear[kQkv].weight, layer.linear[kQkv].bias, layer.qkv_width());
         qkv.out = MatvecOut::kQkv, qkv.out_half = w.qkv, qkv.ld_out = all, qkv.heads = layer.queries.heads;
         qkv.cache = layer.cache, qkv.rotary = model.rotary, qkv.position = position;
         run(matvec(qkv, dependent, stream));
         run(attention_decode(w.qkv, all, layer.queries, layer.cache, lengths, w.attention, all, batch, splits, w.partial,
                              counters, dependent, stream));
-        to_residual(w.attention, all, layer.out_weight, layer.out_bias, all);
-        Matvec fc = from_residual(layer.ln2_gain, layer.ln2_bias, layer.fc_weight, layer.fc_bias, model.inner);
+        to_residual(w.attention, all, layer.linear[kOut].weight, layer.linear[kOut].bias, all);
+        Matvec fc = from_residual(layer.ln2_gain, layer.ln2_bias, layer.linear[kFc].weight, layer.linear[kFc].bias, model.inner);
         fc.out = MatvecOut::kGelu, fc.out_half = w.inner, fc.ld_out = model.ld_inner;
         run(matvec(fc, dependent, stream));
-        to_residual(w.inner, model.ld_inner, layer.proj_weight, layer.proj_bias, model.inner);
+        to_residual(w.inner, model.ld_inner, layer.linear[kProj].weight, layer.linear[kProj].bias, model.inner);
     }
     Matvec last = from_residual(model.lnf_gain, model.lnf_bias, model.wte, nullptr, model.vocabulary);
     last.out = MatvecOut::kFloat, last.out_float = logits, last.ld_out = ld_logits;
@@ -161,8 +161,8 @@ int prefill(const Model& model, void* workspace, const int* tokens, const int* s
     run(embed(tokens, start, model.wte, model.wpe, w.x, batch, length, model.position_rows, model.ld_width, stream));
     for (const Layer& layer : model.layers) {
         run(project(model, layer, w, start, lengths, batch, length, stream));
-        run(attention_prefill(w.qkv, layer.qkv_width, layer.queries, layer.cache, start, lengths, w.attention,
-                              layer.query_width, batch, length, stream));
+        run(attention_prefill(w.qkv, layer.qkv_width(), layer.queries, layer.cache, start, lengths, w.attention,
+                              layer.query_width(), batch, length, stream));
         run(add_attention(model, layer, w, batch * length, stream));
         run(feed_forward(model, layer, w, batch * length, stream));
     }
@@ -198,8 +198,8 @@ int decode(const Model& model, void* workspace, unsigned* counters, const int* t
     }
     for (const Layer& layer : model.layers) {
         run(project(model, layer, w, position, nullptr, batch, 1, stream));
-        run(attention_decode(w.qkv, layer.qkv_width, layer.queries, layer.cache, lengths, w.attention,
-                             layer.query_width, batch, splits, w.partial, counters, false, stream));
+        run(attention_decode(w.qkv, layer.qkv_width(), layer.queries, layer.cache, lengths, w.attention,
+                             layer.query_width(), batch, splits, w.partial, counters, false, stream));
         run(add_attention(model, layer, w, batch, stream));
         run(feed_forward(model, layer, w, batch, stream));
     }

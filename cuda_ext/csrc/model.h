@@ -7,17 +7,29 @@
 
 namespace headroom {
 
-struct Layer {
-    Queries queries;
-    const half *ln1_gain, *ln1_bias, *qkv_weight, *qkv_bias, *out_weight, *out_bias;
-    const half *ln2_gain, *ln2_bias, *fc_weight, *fc_bias, *proj_weight, *proj_bias;
-    KvCache cache;
-    int query_width, qkv_width;  // of q, and of q, k and v together: numbers of a row; see set_attention
+// A matrix [rows, ..], its rows ld apart, and its bias.
+struct Linear {
+    const half *weight, *bias;
+    int rows, ld;
+};
+enum : int { kQkv, kOut, kFc, kProj, kLinears };  // a layer's, in the order of their use
 
-    void set_attention(const Queries& queries_, const KvCache& cache_) {
+struct Layer {
+    const half *ln1_gain, *ln1_bias, *ln2_gain, *ln2_bias;
+    Linear linear[kLinears];
+    Queries queries;
+    KvCache cache;
+
+    // Numbers of a row of q, and of q, k and v together.
+    HR_ANY int query_width() const { return linear[kOut].ld; }
+    HR_ANY int qkv_width() const { return linear[kQkv].rows; }
+
+    void set_sizes(const Queries& queries_, const KvCache& cache_, int width, int inner, int ld_width, int ld_inner) {
         queries = queries_, cache = cache_;
-        query_width = queries.heads * cache.head_dim;
-        qkv_width = query_width + 2 * cache.heads * cache.head_dim;
+        const int q_width = queries.heads * cache.head_dim, kv_width = cache.heads * cache.head_dim;
+        const int rows[kLinears] = {q_width + 2 * kv_width, width, inner, width};
+        const int ld[kLinears] = {ld_width, q_width, ld_width, ld_inner};
+        for (int i = 0; i < kLinears; ++i) linear[i].rows = rows[i], linear[i].ld = ld[i];
     }
 };
 
@@ -38,7 +50,7 @@ struct Model {
     float epsilon;
     Rotary rotary;
     const half *wte, *wpe, *lnf_gain, *lnf_bias;
-    std::vector<Layer> layers;  // rows of out_weight are query_width apart
+    std::vector<Layer> layers;
     std::vector<Choice> choices;
 };
 

@@ -158,7 +158,7 @@ MUTATIONS = {
     "matvec: turns values too": Mutation(
         "kernels/matvec.cu", "(p.heads + p.cache.heads) *", "(p.heads + 2 * p.cache.heads) *", MATVEC_HEADS
     ),
-    "persistent: blocks part a pair": Mutation("persistent/block.h", "stage, kPairBits}", "stage, 0}", PERSISTENT),
+    "persistent: blocks part a pair": Mutation("persistent/block.h", "? kPairBits : 0", "? 0 : 0", PERSISTENT),
     "persistent: the next row's pair": Mutation(
         "kernels/decode_persistent.cu", "warp_xor(value, ROWS)", "warp_xor(value, 1)", PERSISTENT
     ),

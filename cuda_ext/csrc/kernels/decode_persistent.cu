@@ -26,7 +26,7 @@ template <int ROWS, typename Ring, typename Place, typename Write>
 HR_DEVICE void product(const Block& b, Ring& ring, int index, const half* bias, Place place, Write write) {
     if (b.p.work == PersistentWork::kBarriers) return;
     [[maybe_unused]] constexpr int kUnroll = ROWS > 1 ? 1 : 4;  // more would spill
-    const Matrix m = b.matrix(index);
+    const Matrix& m = b.matrix(index);
     const int rows_a_pass = min(b.threads / ROWS, b.plan.scratch_floats / (m.chunks * ROWS)) / kPair * kPair;
     const int r = b.thread % ROWS, mine = b.thread / ROWS;
     int tile = warp_id();
@@ -80,7 +80,7 @@ HR_DEVICE float in_position(const Block& b, const Layer& layer, int r, int row, 
     const Rotary& rotary = b.p.rotary;
     if (rotary.dims == 0) return value;
     const float partner = warp_xor(value, ROWS);
-    const int d = row % b.p.head_dim, turning = layer.query_width + layer.cache.heads * b.p.head_dim;
+    const int d = row % b.p.head_dim, turning = layer.query_width() + layer.cache.heads * b.p.head_dim;
     if (r >= b.batch() || row >= turning || d >= rotary.dims) return value;
     return turned(rotary_angle(rotary, b.state().position[r], d), d, value, partner);
 }
@@ -88,7 +88,7 @@ HR_DEVICE float in_position(const Block& b, const Layer& layer, int r, int row, 
 // Queries for all to see, keys and values into the cache.
 HR_DEVICE void write_qkv(const Block& b, const Layer& layer, int r, int row, float value) {
     const KvCache& cache = layer.cache;
-    const int dim = b.p.head_dim, q_width = layer.query_width, kv_width = cache.heads * dim;
+    const int dim = b.p.head_dim, q_width = layer.query_width(), kv_width = cache.heads * dim;
     const int position = b.state().position[r];
     if (row < q_width) {
         b.q()[r * q_width + row] = to_half(value);
@@ -147,12 +147,13 @@ HR_KERNEL void HR_LAUNCH_BOUNDS(kMaxThreads, 1) decode_kernel(Plan plan) {
         b.state().finished[b.thread] = p.greedy ? p.state.finished[b.thread] : 0;
     }
     sync_block();
+    b.make_matrices();
     half* stages = reinterpret_cast<half*>(shared + plan.ring) + warp_id() * plan.depth * plan.stage;
     uint64_t* full = reinterpret_cast<uint64_t*>(shared + plan.full) + warp_id() * plan.depth;
-    WeightRing<Block> ring(b, 4 * p.layer_count + 1, p.work == PersistentWork::kBarriers ? 0 : plan.steps, stages, full,
+    WeightRing<Block> ring(b, kLinears * p.layer_count + 1, p.work == PersistentWork::kBarriers ? 0 : plan.steps, stages, full,
                            plan.depth, plan.stage);
 
-    const int own_begin = Matrix(nullptr, p.width, 0, 1).begin;
+    const int own_begin = first_row(p.width, blockIdx.x);
     const auto add = [&](int r, int column, float value) {
         float& sum = b.own()[r * plan.own_columns + column - own_begin];
         sum += value;
@@ -165,7 +166,7 @@ HR_KERNEL void HR_LAUNCH_BOUNDS(kMaxThreads, 1) decode_kernel(Plan plan) {
             const Layer& layer = b.layer(index);
             if (all_work) normalise<ROWS>(b, norm, index == 0);
             product<ROWS>(
-                b, ring, 4 * index, layer.qkv_bias,
+                b, ring, kLinears * index + kQkv, layer.linear[kQkv].bias,
                 [&](int r, int row, float value) { return in_position<ROWS>(b, layer, r, row, value); },
                 [&](int r, int row, float value) { write_qkv(b, layer, r, row, value); });
             meet();
@@ -176,16 +177,16 @@ HR_KERNEL void HR_LAUNCH_BOUNDS(kMaxThreads, 1) decode_kernel(Plan plan) {
             }
             meet();
             if (all_work) merge_attention<ROWS>(b, layer);
-            product<ROWS>(b, ring, 4 * index + 1, layer.out_bias, add);
+            product<ROWS>(b, ring, kLinears * index + kOut, layer.linear[kOut].bias, add);
             norm = Norm(b, layer.ln2_gain, layer.ln2_bias);
             meet();
             if (all_work) normalise<ROWS>(b, norm, false);
-            product<ROWS>(b, ring, 4 * index + 2, layer.fc_bias, [&](int r, int row, float value) {
+            product<ROWS>(b, ring, kLinears * index + kFc, layer.linear[kFc].bias, [&](int r, int row, float value) {
                 b.inner()[static_cast<int64_t>(r) * p.ld_inner + row] = to_half(gelu_tanh(value));
             });
             meet();
             if (all_work) load_inner<ROWS>(b);
-            product<ROWS>(b, ring, 4 * index + 3, layer.proj_bias, add);
+            product<ROWS>(b, ring, kLinears * index + kProj, layer.linear[kProj].bias, add);
             const bool last = index + 1 == p.layer_count;
             const Layer& next = b.layer(last ? index : index + 1);
             norm = Norm(b, last ? p.lnf_gain : next.ln1_gain, last ? p.lnf_bias : next.ln1_bias);
@@ -193,7 +194,7 @@ HR_KERNEL void HR_LAUNCH_BOUNDS(kMaxThreads, 1) decode_kernel(Plan plan) {
         }
         if (all_work) normalise<ROWS>(b, norm, false);
         Best best;
-        product<ROWS>(b, ring, 4 * p.layer_count, nullptr, [&](int r, int row, float value) {
+        product<ROWS>(b, ring, kLinears * p.layer_count, nullptr, [&](int r, int row, float value) {
             p.logits[static_cast<int64_t>(r) * p.ld_logits + row] = value;
             best.offer(value, row);
         });

@@ -88,7 +88,7 @@ HR_DEVICE void attend(const Block& b, const Layer& layer) {
 // The parts of all heads, merged into b.rows().
 template <int ROWS>
 HR_DEVICE void merge_attention(const Block& b, const Layer& layer) {
-    const int dim = b.p.head_dim, all = layer.query_width, most = most_splits(b, layer);
+    const int dim = b.p.head_dim, all = layer.query_width(), most = most_splits(b, layer);
     for (int i = b.thread; i < ROWS * all; i += b.threads) {
         const int r = i / all, column = i % all;
         float total = 0.0f, denominator = 0.0f, highest = -INFINITY;

@@ -20,7 +20,7 @@ struct Plan {
     PersistentDecode p;
     int steps, ld_rows, own_columns, scratch_floats, stage, depth;
     size_t x, q, inner, partial, candidates, workspace_bytes;  // two counters come first
-    int table, rows, own, scratch, full, ring;
+    int table, matrices, rows, own, scratch, full, ring;
     size_t shared_bytes;
 
     Plan(const PersistentDecode& what, int steps_) : p(what), steps(steps_) {
@@ -47,6 +47,7 @@ struct Plan {
         stage = round_up(ceil_div(p.ld_width, ceil_div(p.ld_width, kMaxStage)), kWarp * 8);
         at = sizeof(State);  // it comes first
         table = carve(p.layer_count * sizeof(Layer));
+        matrices = carve((kLinears * p.layer_count + 1) * sizeof(Matrix));
         rows = carve(static_cast<size_t>(rows_of_batch) * ld_rows * sizeof(half));
         own = carve(static_cast<size_t>(rows_of_batch) * own_columns * sizeof(float));
         scratch = carve(scratch_floats * sizeof(float));
@@ -98,21 +99,19 @@ struct Block {
     HR_DEVICE float* partial() const { return in_workspace<float>(plan.partial); }
     HR_DEVICE uint4* candidates() const { return in_workspace<uint4>(plan.candidates); }
 
-    // The matrices in the order of their use: WeightRing's sequence.
-    HR_DEVICE Matrix matrix(int index) const {
-        const int stage = plan.stage;
-        if (index == 4 * p.layer_count) return {p.wte, p.vocabulary, p.ld_width, stage};
-        const Layer& of = layer(index / 4);
-        switch (index % 4) {
-            case 0:
-                return {of.qkv_weight, of.qkv_width, p.ld_width, stage, kPairBits};
-            case 1:
-                return {of.out_weight, p.width, of.query_width, stage};
-            case 2:
-                return {of.fc_weight, p.inner, p.ld_width, stage};
-            default:
-                return {of.proj_weight, p.width, p.ld_inner, stage};
+    // The matrices in the order of their use: WeightRing's sequence. They are made once, as that takes divisions.
+    HR_DEVICE const Matrix& matrix(int index) const { return in_shared<Matrix>(plan.matrices)[index]; }
+    HR_DEVICE void make_matrices() const {
+        const int last = kLinears * p.layer_count;
+        for (int index = thread; index <= last; index += threads) {
+            const Linear head{p.wte, nullptr, p.vocabulary, p.ld_width};
+            const Linear& of = index == last ? head : layer(index / kLinears).linear[index % kLinears];
+            const int together = index != last && index % kLinears == kQkv ? kPairBits : 0;
+            in_shared<Matrix>(plan.matrices)[index] = {of.weight, of.ld, first_row(of.rows, blockIdx.x, together),
+                                                       first_row(of.rows, blockIdx.x + 1, together),
+                                                       ceil_div(of.ld, plan.stage)};
         }
+        sync_block();
     }
 };
 

@@ -33,12 +33,11 @@ HR_DEVICE const half* place_row(const Block& b, int r) {
 // This block's columns of the residual stream, as they begin.
 template <int ROWS>
 HR_DEVICE void embed_own(const Block& b) {
-    const Matrix columns(nullptr, b.p.width, 0, 1);
-    const int count = columns.end - columns.begin;
+    const int begin = first_row(b.p.width, blockIdx.x), count = first_row(b.p.width, blockIdx.x + 1) - begin;
     for (int i = b.thread; i < count * ROWS; i += b.threads) {
         const int r = i / count, column = i % count;
         if (r >= b.batch()) continue;
-        const int at = columns.begin + column;
+        const int at = begin + column;
         b.own()[r * b.plan.own_columns + column] = to_float(token_row(b, r)[at]) + to_float(place_row(b, r)[at]);
     }
 }

@@ -9,17 +9,16 @@
 
 namespace headroom::persistent {
 
-// A block's rows [begin, end) of a weight matrix, which come 1 << together at a time. A row is `chunks` tiles.
+// Of `rows` that the blocks share, the first one of block `block`; they come 1 << together at a time.
+HR_DEVICE int first_row(int rows, unsigned block, int together = 0) {
+    return static_cast<int>(static_cast<int64_t>(rows >> together) * block / gridDim.x) << together;
+}
+
+// A block's rows [begin, end) of a weight matrix. A row is `chunks` tiles.
 struct Matrix {
     const half* weight;
     int ld, begin, end, chunks;
 
-    HR_DEVICE Matrix(const half* weight_, int rows, int ld_, int stage, int together = 0)
-        : weight(weight_),
-          ld(ld_),
-          begin(static_cast<int>(static_cast<int64_t>(rows >> together) * blockIdx.x / gridDim.x) << together),
-          end(static_cast<int>(static_cast<int64_t>(rows >> together) * (blockIdx.x + 1) / gridDim.x) << together),
-          chunks(ceil_div(ld_, stage)) {}
     HR_DEVICE int tiles() const { return (end - begin) * chunks; }
 };
 

@@ -40,12 +40,15 @@ PersistentDecode read(const int64_t* numbers, float epsilon) {
         Layer& layer = layers[i] = {};
         const int heads = r.number(), kv_heads = r.number();
         const Queries queries{heads, r.address<const int>(), r.number()};
-        for (const half** part : {&layer.ln1_gain, &layer.ln1_bias, &layer.qkv_weight, &layer.qkv_bias, &layer.out_weight,
-                                  &layer.out_bias, &layer.ln2_gain, &layer.ln2_bias, &layer.fc_weight, &layer.fc_bias,
-                                  &layer.proj_weight, &layer.proj_bias})
+        Linear* const linear = layer.linear;
+        for (const half** part :
+             {&layer.ln1_gain, &layer.ln1_bias, &linear[kQkv].weight, &linear[kQkv].bias, &linear[kOut].weight,
+              &linear[kOut].bias, &layer.ln2_gain, &layer.ln2_bias, &linear[kFc].weight, &linear[kFc].bias,
+              &linear[kProj].weight, &linear[kProj].bias})
             *part = r.address();
         half* k = r.address();
-        layer.set_attention(queries, {k, r.address(), kv_heads, s.capacity, p.head_dim});
+        const KvCache cache{k, r.address(), kv_heads, s.capacity, p.head_dim};
+        layer.set_sizes(queries, cache, p.width, p.inner, p.ld_width, p.ld_inner);
         if (heads > p.most_heads) p.most_heads = heads;
     }
     return p;
