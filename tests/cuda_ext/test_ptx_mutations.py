@@ -91,6 +91,11 @@ def _needs_nvcc(ptx_architecture: str | None) -> None:
         pytest.skip(reason)
 
 
+def forget_library() -> None:
+    ops.library.cache_clear()
+    ops._function.cache_clear()
+
+
 @pytest.fixture
 def mutated(request: pytest.FixtureRequest) -> Iterator[list[int]]:
     """The mutation named by the test is in all PTX; gives how often it took hold."""
@@ -105,10 +110,10 @@ def mutated(request: pytest.FixtureRequest) -> Iterator[list[int]]:
         return changed
 
     ptx_backend.rewrite = rewrite
-    ops.library.cache_clear()
+    forget_library()
     yield changes
     ptx_backend.rewrite = None
-    ops.library.cache_clear()
+    forget_library()
     ptx_build.interpreter().hr_host_seed(0)
 
 
