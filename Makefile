@@ -4,6 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 RUN    := runs/demo
 PEERS  := .venv-peers
+GPU_PYTHON ?= python3
 # GCC before 13 miscompiles llama.cpp's AMX code, which then crashes.
 NO_AMX := $(if $(filter 1 2 3 4 5 6 7 8 9 10 11 12,$(shell gcc -dumpversion | cut -d. -f1)),-mno-amx-tile -mno-amx-int8 -mno-amx-bf16)
 
@@ -55,8 +56,10 @@ cuda:  ## compile the CUDA kernels ahead of their first use (HEADROOM_CUDA_ARCHS
 cuda-check: $(VENV)/.ready  ## compile all kernels for sm_75 to sm_120, no GPU needed; fails on register spills
 	$(BIN)/python -m cuda_ext.build --check
 
-gpu:  ## on a machine with a GPU (its own python3, torch and pytest): build, tests, timings, traces, sanitizer
-	@python3 -m benchmarks.gpu_all $(ARGS)
+gpu:  ## on a machine with a GPU, in at most 25 minutes: build, tests, timings, traces, sanitizer; ARGS="--only build"
+	@$(GPU_PYTHON) -c 'import torch, pytest' 2>/dev/null || \
+	    { echo "error: $(GPU_PYTHON) has no torch or no pytest; name one that has, as in GPU_PYTHON=$(BIN)/python" >&2; exit 2; }
+	$(GPU_PYTHON) -m benchmarks.gpu_all $(ARGS)
 
 # One by one: a peer that does not install is left out. Its environment sees ours through the .pth file.
 $(PEERS)/.ready: requirements-peers.txt $(VENV)/.ready
