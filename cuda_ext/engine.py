@@ -1,6 +1,7 @@
 """Runs a CompactGPT2, dense or pruned, by our own kernels: FP16 weights and activations, FP32 sums."""
 
 import functools
+import operator
 import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -94,7 +95,7 @@ class Engine:
             raise CudaExtError(f"decode is {decode!r}; give one of {', '.join(('auto', *DECODE))}")
         if max_batch < 1:
             raise CudaExtError(f"max_batch is {max_batch}; give 1 or more")
-        capacity = max_context or shape.context
+        capacity = shape.context if max_context is None else max_context
         if not 1 <= capacity <= shape.context:
             raise CudaExtError(f"max_context is {max_context}; the model's positions end at {shape.context}")
         self.shape, self.device, self.max_batch, self.context = shape, torch.device(device), max_batch, capacity
@@ -188,12 +189,16 @@ class Engine:
         """
         return self._prefill(input_ids, lengths).clone()
 
-    def _prefill(self, input_ids: Tensor, lengths: Sequence[int] | None) -> Tensor:
-        """The logits are overwritten by the next token's."""
+    def _prefill(self, input_ids: Tensor, lengths: Sequence[int] | None, room: int = 0) -> Tensor:
+        """The logits are overwritten by the next token's. `room`: for how many more tokens there must be."""
         batch, length = self._accept(input_ids)
-        counts = list(lengths) if lengths is not None else [length] * batch
+        try:
+            counts = [length] * batch if lengths is None else [operator.index(count) for count in lengths]
+        except TypeError:
+            raise CudaExtError(f"lengths are {list(lengths or ())}; give integers") from None
         if len(counts) != batch or not all(1 <= count <= length for count in counts):
             raise CudaExtError(f"lengths {counts} do not fit a batch of {batch} by {length} tokens")
+        self._make_room(max(counts) + room)
         tokens = self._on_device(input_ids)
         logits = self._logits[:batch]
         for begin in range(0, length, self._chunk):
@@ -266,10 +271,9 @@ class Engine:
         """
         if max_new_tokens < 1:
             raise CudaExtError(f"max_new_tokens is {max_new_tokens}; give 1 or more")
-        how = Sampling(temperature, top_k, top_p, seed, tuple(stop))
-        self._prefill(input_ids, lengths)
+        how = Sampling(temperature, top_k, top_p, seed, tuple(dict.fromkeys(stop)))
+        self._prefill(input_ids, lengths, room=max_new_tokens - 1)
         batch = self._batch
-        self._make_room(max_new_tokens - 1)
         watch = _Watch(self.device)
         self._draw_first(batch, how)
         done = 1

@@ -33,15 +33,15 @@ class Sampling:
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < 2**127:
             raise CudaExtError(f"temperature is {self.temperature}; give 0 (the likeliest token) or more")
-        if not 0 <= self.top_k < 2**31:
+        if self.top_k < 0:
             raise CudaExtError(f"top_k is {self.top_k}; give 0 (all tokens) or more")
         if not 0 < self.top_p <= 1:
             raise CudaExtError(f"top_p is {self.top_p}; give more than 0 and at most 1 (all tokens)")
         if len(self.stop) > STOP_TOKENS:
             raise CudaExtError(f"{len(self.stop)} stop tokens; {STOP_TOKENS} are the most")
-        odd = [token for token in self.stop if not -(2**31) <= token < 2**31]
+        odd = [token for token in self.stop if not isinstance(token, int) or not -(2**31) <= token < 2**31]
         if odd:
-            raise CudaExtError(f"stop holds {odd[0]}, which is no token")
+            raise CudaExtError(f"stop holds {odd[0]!r}, which is no token")
 
     @property
     def greedy(self) -> bool:
@@ -53,5 +53,6 @@ class Sampling:
         stops = [*self.stop, *[0] * (STOP_TOKENS - len(self.stop))]
         temperature = 0.0 if self.greedy else self.temperature
         top_p = max(self.top_p, _LEAST)
-        head = (self.seed % 2**64, temperature, self.top_k, top_p, self.pad, len(self.stop))
+        top_k = min(self.top_k, 2**31 - 1)  # all tokens of any vocabulary
+        head = (self.seed % 2**64, temperature, top_k, top_p, self.pad, len(self.stop))
         return torch.frombuffer(bytearray(_LAYOUT.pack(*head, *stops)), dtype=torch.int32)

@@ -252,13 +252,26 @@ def test_stop_tokens_end_a_sequence(folder: Path, decode: str, how: dict[str, An
         ({"top_p": 0.0}, "top_p is 0.0; give more than 0"),
         ({"top_p": 1.5}, "top_p is 1.5; give more than 0"),
         ({"stop": range(65)}, "65 stop tokens; 64 are the most"),
+        ({"stop": ["a"]}, "stop holds 'a', which is no token"),
+        ({"lengths": [2.5, 3]}, r"lengths are \[2.5, 3\]; give integers"),
+        ({"max_new_tokens": 10**6}, "tokens are over the context of"),
         ({"stop": [2**31]}, "stop holds 2147483648"),
     ],
 )
 def test_requests_that_cannot_be(folder: Path, how: dict[str, Any], said: str) -> None:
     engine = Engine.from_checkpoint(folder, device="cpu")
     with pytest.raises(CudaExtError, match=said):
-        engine.generate(torch.ones(1, 3, dtype=torch.long), 2, **how)
+        engine.generate(torch.ones(1, 3, dtype=torch.long), **{"max_new_tokens": 2, **how})
+    with pytest.raises(CudaExtError, match="nothing to go on from"):  # nothing was read
+        engine.extend(1)
+
+
+def test_requests_at_the_edge(folder: Path) -> None:
+    engine = Engine.from_checkpoint(folder, device="cpu")
+    ids = torch.ones(1, 3, dtype=torch.long)
+    assert engine.generate(ids, 3, stop=[5] * 100) == engine.generate(ids, 3, stop=[5])
+    draw = {"temperature": 1.0, "seed": 3}
+    assert engine.generate(ids, 3, top_k=10**12, **draw) == engine.generate(ids, 3, **draw)
 
 
 def test_counts_that_cannot_be(folder: Path) -> None:
@@ -326,6 +339,8 @@ def test_mistakes_are_one_sentence(folder: Path) -> None:
     engine.prefill(torch.zeros(1, 8, dtype=torch.long))
     with pytest.raises(CudaExtError, match="context of 8"):
         engine.decode(torch.zeros(1, dtype=torch.long))
+    with pytest.raises(CudaExtError, match="max_context is 0; the model's positions end at 96"):
+        Engine.from_checkpoint(folder, device="cpu", max_context=0)
     with pytest.raises(CudaExtError, match="max_context is 97"):
         Engine.from_checkpoint(folder, device="cpu", max_context=97)
     with pytest.raises(CudaExtError, match="decode is 'fast'; give one of auto, graph, persistent, eager"):
