@@ -279,6 +279,9 @@ def _cublaslt_version() -> str:
 
 def _run(command: list[str]) -> str:
     result = subprocess.run(command, cwd=CSRC, capture_output=True, text=True, check=False)
+    unknown = re.search(r"Unsupported gpu architecture '(?:compute|sm)_(\w+)'", result.stderr)
+    if unknown is not None:
+        raise CudaExtError(f"{command[0]} knows no sm_{unknown[1]}; `nvcc --list-gpu-code` tells which it does")
     if result.returncode != 0:
         raise CudaExtError(f"nvcc failed: {' '.join(command)}\n{result.stderr[-4000:]}")
     return result.stdout + result.stderr

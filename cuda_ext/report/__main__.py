@@ -4,6 +4,7 @@ import argparse
 import json
 import platform
 import sys
+import tempfile
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -40,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     choices = _parser().parse_args(arguments)
     try:
         shape = _shape(choices)
+        _refuse_unwritable(choices.out)
         reason = ptx_build.why_not()
         if reason is not None:
             raise CudaExtError(f"the report cannot be made: {reason}")
@@ -112,6 +114,17 @@ def _tell(words: str) -> None:
     print(f"{words} ...", file=sys.stderr, flush=True)
 
 
+def _refuse_unwritable(folder: Path | None) -> None:
+    """Before minutes of work, not after. Raises CudaExtError."""
+    if folder is None:
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise CudaExtError(f"--out {folder}: {error.strerror}; give a folder that can be written") from error
+
+
 def _write(choices: argparse.Namespace, shape: Shape, reports: Sequence[Sequence[Subject]]) -> None:
     heads = ", ".join(sorted({str(count) for count in shape.heads}))
     compiler = build._version(build.find_nvcc())
@@ -125,7 +138,6 @@ def _write(choices: argparse.Namespace, shape: Shape, reports: Sequence[Sequence
         "versions": f"{compiler}; torch {torch.__version__}; Python {platform.python_version()}",
         "date": f"{datetime.now(UTC):%Y-%m-%d}",
     }
-    choices.out.mkdir(parents=True, exist_ok=True)
     text = page.markdown(reports, "Kernels without a GPU", [f"{key}: {value}" for key, value in facts.items()])
     (choices.out / "kernel-report.md").write_text(text, encoding="utf-8")
     data = page.as_json(reports, facts)

@@ -125,6 +125,12 @@ def test_the_newest_architecture_comes_as_ptx_too(nvcc: str, tmp_path: Path, mon
     assert build._ptx_target(["75", "90a", "80"]) == "-gencode=arch=compute_90,code=compute_90"
 
 
+def test_an_architecture_that_the_compiler_does_not_know(nvcc: str, tmp_path: Path) -> None:
+    with pytest.raises(CudaExtError, match=r"knows no sm_999; `nvcc --list-gpu-code` tells which it does") as caught:
+        build._compile(nvcc, ["999"], tmp_path, tmp_path / "lib.so")
+    assert "\n" not in str(caught.value)
+
+
 def test_a_compiler_that_is_too_old_says_which_would_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "_run", lambda command: "Cuda compilation tools, release 12.6, V12.6.20")
     build._check_version("nvcc", ["75", "80", "90a"])

@@ -246,6 +246,7 @@ def test_ptxas_words_are_read() -> None:
         (["--context", "0"], "--context is 0; give 1 to 1022"),
         (["--gpu", "SXM"], "--gpu is 'SXM'; give one of H100 SXM, A100 SXM 80 GB, RTX 4090, T4"),
         (["--model", "nowhere"], "nowhere"),
+        (["--out", __file__], "give a folder that can be written"),
     ],
 )
 def test_what_is_wrong_is_one_line(
