@@ -74,6 +74,7 @@ def test_what_a_pruned_model_is_to_peers(make_gpt2: Callable[..., GPT2LMHeadMode
         ctranslate.convert(tmp_path, tmp_path / "out", "int8")
 
 
+@pytest.mark.thorough
 def test_the_whole_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """As `make bench-cpu` starts it, with torch in our place and a peer that is not there."""
     absent = Subject("absent", "llama", "plain", "no-such-package", "*", peer=True)

@@ -180,6 +180,7 @@ def test_a_worker_that_was_killed(swept: tuple[Path, list[Outcome]], brief: str,
     assert answers == [f"its process ended with exit code -9 (see {log})"]
 
 
+@pytest.mark.thorough
 def test_killed_it_goes_on(swept: tuple[Path, list[Outcome]], brief: str, tmp_path: Path) -> None:
     out = Path(shutil.copytree(swept[0], tmp_path / "out"))
     whole = RunFolder(swept[0] / "points" / swept[1][1].point.name)
