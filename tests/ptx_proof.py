@@ -94,7 +94,7 @@ def prove(architecture: str, show_missed: bool) -> bool:
     began, well, reached = time.monotonic(), True, Reached()
     parts = {"wrappers": WRAPPERS, "kernels": KERNELS, "rough": ROUGH}
     if architecture in ENGINE:
-        parts["engine"] = ("engine",)
+        parts |= {"engine": ("engine",), "geometry": ("geometry",)}
     with tempfile.TemporaryDirectory() as folder:
         for part, names in parts.items():
             report = Path(folder) / part
