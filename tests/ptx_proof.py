@@ -100,6 +100,8 @@ def prove(architecture: str, show_missed: bool) -> bool:
             report = Path(folder) / part
             files = [f"{FOLDER}/test_{name}.py" for name in names]
             more = ["--ptx-set", "rough=1"] if part == "rough" else ["--ptx-report", str(report)]
+            if part == "geometry":
+                more += ["-m", "not slow and not gpu"]  # its hundreds of other shapes are make test-slow's
             passed, said = run("--ptx", architecture, *more, *files)
             print(f"sm_{architecture:4} {part}: {said}", flush=True)
             well = well and passed
