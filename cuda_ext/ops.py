@@ -62,6 +62,12 @@ def _function(device: str, name: str) -> Callable[..., int]:
     return function
 
 
+def forget_libraries() -> None:
+    """Load them anew when they are next used: another back end of host_build may give others."""
+    library.cache_clear()
+    _function.cache_clear()
+
+
 def workspace_bytes(table: Tensor, batch: int, length: int, device: str) -> int:
     """Of the buffer that prefill and decode work in. `table`: packing.table's. Raises CudaExtError for another."""
     return _size(device, "hr_workspace_bytes", table, batch, length)

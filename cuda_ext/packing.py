@@ -112,11 +112,16 @@ def pack(folder: Path) -> Packed:
                 name for name in (f"{module}.{kind}", *(f"{module}.{of}.{kind}" for of in "qkv")) if name in parts
             ]
             parts[f"{module}.{kind}"] = _paired(torch.cat([parts.pop(name) for name in sources]), shape, layer)
-        readers = [group for group, size in enumerate(shape.groups[layer]) for _ in range(size)]
-        parts[f"h.{layer}.attn.kv_head"] = torch.tensor(readers, dtype=torch.int32).view(torch.float16)
     if shape.rotary:
         parts["wpe.weight"] = torch.zeros(1, shape.ld_width)
         parts["rotary.angles"] = _angles(shape).view(torch.float16)
+    return lay_out(shape, parts)
+
+
+def lay_out(shape: Shape, parts: dict[str, torch.Tensor]) -> Packed:
+    """A model's tensors in one buffer, each padded already, and who reads which key/value head."""
+    readers = {f"h.{layer}.attn.kv_head": _readers(groups) for layer, groups in enumerate(shape.groups)}
+    parts = parts | readers
     offsets, end = {}, 0
     for name, part in parts.items():
         offsets[name] = end
@@ -125,6 +130,12 @@ def pack(folder: Path) -> Packed:
     for name, part in parts.items():
         weights[offsets[name] : offsets[name] + part.numel()] = part.flatten()
     return Packed(replace(shape, inner=shape.ld_inner), weights, offsets)
+
+
+def _readers(groups: tuple[int, ...]) -> torch.Tensor:
+    """The key/value head that each query head reads, int32 as it lies in memory."""
+    heads = [group for group, size in enumerate(groups) for _ in range(size)]
+    return torch.tensor(heads, dtype=torch.int32).view(torch.float16)
 
 
 def _padded(name: str, tensor: torch.Tensor, shape: Shape) -> torch.Tensor:

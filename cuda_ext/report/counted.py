@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import torch
 
 from cuda_ext import host_build, ops, ptx_build
 from cuda_ext.engine import Engine
-from cuda_ext.packing import Packed, Shape
+from cuda_ext.packing import Packed, Shape, lay_out
 from cuda_ext.persistent import Persistent
 from cuda_ext.report.gpus import Gpu
 
@@ -131,18 +130,13 @@ def kernels_of(architecture: str) -> Iterator[None]:
     ptx_build.interpreter().hr_ptx_set(b"races", 0)
     ptx_build.interpreter().hr_host_seed(0)
     host_build.use(lambda sources, defines: ptx_build.library(sources, architecture))
-    _forget_libraries()
+    ops.forget_libraries()
     try:
         yield
     finally:
         host_build.use(None)
-        _forget_libraries()
+        ops.forget_libraries()
         ptx_build.interpreter().hr_ptx_set(b"races", 1)
-
-
-def _forget_libraries() -> None:
-    ops.library.cache_clear()
-    ops._function.cache_clear()
 
 
 def decode_launches(shape: Shape, batch: int, context: int, gpu: Gpu) -> list[Launch]:
@@ -203,19 +197,14 @@ def gpt2_shape(width: int, inner: int, vocabulary: int, head_dim: int, heads: tu
 
 
 def random_weights(shape: Shape) -> Packed:
-    """As packing.pack lays them out, of small random numbers: kernels take as long as over trained ones."""
-    parts: dict[str, torch.Tensor] = {}
-    for name, rows, columns in _tensors(shape):
-        parts[name] = torch.empty(rows * columns, dtype=torch.float16).normal_(std=0.02)
-    for layer, groups in enumerate(shape.groups):
-        readers = [group for group, size in enumerate(groups) for _ in range(size)]
-        parts[f"h.{layer}.attn.kv_head"] = torch.tensor(readers, dtype=torch.int32).view(torch.float16)
+    """Small random numbers: kernels take as long as over trained ones."""
+    numbers = {
+        name: torch.empty(rows * columns, dtype=torch.float16).normal_(std=0.02)
+        for name, rows, columns in _tensors(shape)
+    }
     if shape.rotary:
-        parts["rotary.angles"] = torch.zeros(shape.context * shape.rotary).view(torch.float16)
-    padded = [torch.nn.functional.pad(part, (0, -part.numel() % 128)) for part in parts.values()]
-    ends = accumulate(part.numel() for part in padded)
-    offsets = {name: end - part.numel() for name, part, end in zip(parts, padded, ends, strict=True)}
-    return Packed(replace(shape, inner=shape.ld_inner), torch.cat(padded), offsets)
+        numbers["rotary.angles"] = torch.zeros(shape.context * shape.rotary).view(torch.float16)
+    return lay_out(shape, numbers)
 
 
 def _tensors(shape: Shape) -> Iterator[tuple[str, int, int]]:

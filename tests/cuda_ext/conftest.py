@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from cuda_ext import ptx_build
 from cuda_ext.host_build import HostBuildError, compiler, host_library
 
 SHIMS = Path(__file__).parent / "shims"
@@ -28,6 +29,16 @@ def _needs_a_compiler() -> None:
 def ptx_architecture(pytestconfig: pytest.Config) -> str | None:
     """Of --ptx (ptx_backend.py): "90a"; None where the kernels run on the host runtime."""
     return pytestconfig.getoption("--ptx")
+
+
+@pytest.fixture
+def needs_nvcc(ptx_architecture: str | None) -> None:
+    """For tests that bring the PTX back end of their own."""
+    if ptx_architecture is not None:
+        pytest.skip("brings the PTX back end of its own")
+    reason = ptx_build.why_not()
+    if reason is not None:
+        pytest.skip(reason)
 
 
 @pytest.fixture(scope="session")

@@ -269,16 +269,10 @@ def test_without_a_compiler_it_says_what_is_missing(
 # ---- all of it ----
 
 
-def _needs_nvcc() -> None:
-    reason = ptx_build.why_not()
-    if reason is not None:
-        pytest.skip(reason)
-
-
 @pytest.mark.slow
+@pytest.mark.usefixtures("needs_nvcc")
 def test_a_small_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """nvcc of all kernels is most of the time; bytes are the model's own, and layers count alike."""
-    _needs_nvcc()
     code = main(["--shape", "3,128,2,64,512,1000", "--context", "80", "--gpu", "H100", "--out", str(tmp_path)])
     assert code == 0, capsys.readouterr().err
     assert "look first" in capsys.readouterr().out
@@ -295,9 +289,9 @@ def test_a_small_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("needs_nvcc")
 def test_gpt2s_size() -> None:
     """At 124M without two heads of twelve a token's bytes from DRAM are the roofline's to a thousandth."""
-    _needs_nvcc()
     shape, h100 = GPT2, GPUS[0]
     graph, persistent, _ = subjects.subjects(shape, 1, 512, h100, lambda _: None)
     useful_bytes = roofline.bytes_per_token(_config(shape), 1, 512)

@@ -71,7 +71,7 @@ MUTATIONS = {
     "kv_append: behind its place": Mutation("kernels/kv_append.cu", "sequence] + t", "sequence] + t + 1", PREFILL),
     "kv_append: padding too": Mutation("kernels/kv_append.cu", "t >= lengths[", "t > lengths[", PREFILL),
     "kv_append: turns the other way": Mutation(
-        "rotary.h", "? -partner : partner", "? partner : -partner", PREFILL_HEADS
+        "qkv.h", "? -partner : partner", "? partner : -partner", PREFILL_HEADS
     ),
     "kv_append: turns one pair too many": Mutation(
         "kernels/kv_append.cu", "d + 2 * i >= rotary.dims", "d + 2 * i > rotary.dims", PREFILL_HEADS

@@ -13,16 +13,7 @@ from cuda_ext.host_build import HostBuildError
 SHIM = Path(__file__).parent / "shims" / "host_runtime.cpp"
 
 
-@pytest.fixture
-def _needs_nvcc(ptx_architecture: str | None) -> None:
-    if ptx_architecture is not None:
-        pytest.skip("brings the PTX back end of its own")
-    reason = ptx_build.why_not()
-    if reason is not None:
-        pytest.skip(reason)
-
-
-@pytest.mark.usefixtures("_needs_nvcc")
+@pytest.mark.usefixtures("needs_nvcc")
 @pytest.mark.parametrize(
     ("tests", "architecture"),
     [
@@ -37,7 +28,7 @@ def test_of_nvccs_ptx(tests: str, architecture: str) -> None:
     assert outcome.passed
 
 
-@pytest.mark.usefixtures("_needs_nvcc")
+@pytest.mark.usefixtures("needs_nvcc")
 def test_a_second_library_is_loaded_from_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     ptx_build.library([SHIM], "90a")
     monkeypatch.setattr(host_build.subprocess, "run", None)  # nothing is compiled or linked
@@ -46,7 +37,7 @@ def test_a_second_library_is_loaded_from_the_cache(monkeypatch: pytest.MonkeyPat
     assert (out == 0xFFFFFFFF).all()
 
 
-@pytest.mark.usefixtures("_needs_nvcc")
+@pytest.mark.usefixtures("needs_nvcc")
 def test_what_is_missing_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert "no C++ compiler: `no-such-compiler` was not found" in str(ptx_build.why_not())

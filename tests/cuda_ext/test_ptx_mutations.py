@@ -14,7 +14,7 @@ from test_mutations import DECODE, PERSISTENT_MANY, run_tests
 
 from cuda_ext import ops, ptx_build
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("needs_nvcc")]
 
 GEMM = "test_gemm.py -k odd_sizes or any_order"
 PREFILL = "test_attention.py -k test_prefill"
@@ -82,20 +82,6 @@ MUTATIONS = {
 }  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def _needs_nvcc(ptx_architecture: str | None) -> None:
-    if ptx_architecture is not None:
-        pytest.skip("brings the PTX back end of its own")
-    reason = ptx_build.why_not()
-    if reason is not None:
-        pytest.skip(reason)
-
-
-def forget_library() -> None:
-    ops.library.cache_clear()
-    ops._function.cache_clear()
-
-
 @pytest.fixture
 def mutated(request: pytest.FixtureRequest) -> Iterator[list[int]]:
     """The mutation named by the test is in all PTX; gives how often it took hold."""
@@ -110,10 +96,10 @@ def mutated(request: pytest.FixtureRequest) -> Iterator[list[int]]:
         return changed
 
     ptx_backend.rewrite = rewrite
-    forget_library()
+    ops.forget_libraries()
     yield changes
     ptx_backend.rewrite = None
-    forget_library()
+    ops.forget_libraries()
     ptx_build.interpreter().hr_host_seed(0)
 
 

@@ -11,7 +11,7 @@
 #include "../persistent/next_token.h"
 #include "../persistent/norm.h"
 #include "../persistent/weight_ring.h"
-#include "../rotary.h"
+#include "../qkv.h"
 
 namespace headroom {
 namespace {
@@ -87,16 +87,11 @@ HR_DEVICE float in_position(const Block& b, const Layer& layer, int r, int row, 
 
 // Queries for all to see, keys and values into the cache.
 HR_DEVICE void write_qkv(const Block& b, const Layer& layer, int r, int row, float value) {
-    const KvCache& cache = layer.cache;
-    const int dim = b.p.head_dim, q_width = layer.query_width(), kv_width = cache.heads * dim;
-    const int position = b.state().position[r];
+    const int q_width = layer.query_width(), position = b.state().position[r];
     if (row < q_width) {
         b.q()[r * q_width + row] = to_half(value);
-    } else if (position < cache.capacity) {
-        const bool is_key = row < q_width + kv_width;
-        const int place = row - q_width - (is_key ? 0 : kv_width);
-        const int64_t head = static_cast<int64_t>(r) * cache.heads + place / dim;
-        (is_key ? cache.k : cache.v)[(head * cache.capacity + position) * dim + place % dim] = to_half(value);
+    } else if (position < layer.cache.capacity) {
+        *cache_place(layer.cache, b.p.head_dim, r, position, row - q_width) = to_half(value);
     }
 }
 

@@ -1,6 +1,6 @@
 // The keys and values of new tokens, from the rows of a QKV product to their places in the cache. Where positions are
 // rotary, keys turn on their way, and queries where they lie.
-#include "../rotary.h"
+#include "../qkv.h"
 
 namespace headroom {
 namespace {
@@ -30,15 +30,9 @@ HR_KERNEL void kv_append_kernel(half* qkv, int ld_qkv, int heads, KvCache cache,
     half* from = qkv + row * ld_qkv;
     const int first = rotary.dims > 0 ? 0 : q_width;  // queries stay as they are where nothing turns them
     for (int i = first + static_cast<int>(threadIdx.x) * 8; i < q_width + 2 * kv_width; i += kThreads * 8) {
-        const int column = i < q_width ? i : (i - q_width) % kv_width, d = column % cache.head_dim;
         const bool is_value = i >= q_width + kv_width;
-        const uint4 x = is_value ? load16(from + i) : rotated(load16(from + i), rotary, position, d);
-        if (i < q_width) {
-            store16(from + i, x);
-        } else {
-            const int64_t head = static_cast<int64_t>(sequence) * cache.heads + column / cache.head_dim;
-            store16((is_value ? cache.v : cache.k) + (head * cache.capacity + position) * cache.head_dim + d, x);
-        }
+        const uint4 x = is_value ? load16(from + i) : rotated(load16(from + i), rotary, position, i % cache.head_dim);
+        store16(i < q_width ? from + i : cache_place(cache, cache.head_dim, sequence, position, i - q_width), x);
     }
 }
 

@@ -7,7 +7,7 @@
 //
 // Weights do not depend on what ran before: under programmatic dependent launch they are asked for before the launch
 // before has ended. Each block repeats the LayerNorm of x: cheaper than a launch of its own.
-#include "../rotary.h"
+#include "../qkv.h"
 #include "../row_norm.h"
 
 namespace headroom {
@@ -35,15 +35,11 @@ HR_DEVICE void write(const Matvec& p, int row, int column, float value) {
     if (OUT == MatvecOut::kResidual || OUT == MatvecOut::kFloat) p.out_float[at] = value;
     if (OUT == MatvecOut::kQkv) {
         const KvCache& cache = p.cache;
-        const int q_width = p.heads * cache.head_dim, kv_width = cache.heads * cache.head_dim;
+        const int q_width = p.heads * cache.head_dim;
         if (column < q_width) {
             p.out_half[at] = to_half(value);
         } else if (p.position[row] < cache.capacity) {
-            const bool is_key = column < q_width + kv_width;
-            const int place = column - q_width - (is_key ? 0 : kv_width);
-            const int64_t head = static_cast<int64_t>(row) * cache.heads + place / cache.head_dim;
-            half* to = is_key ? cache.k : cache.v;
-            to[(head * cache.capacity + p.position[row]) * cache.head_dim + place % cache.head_dim] = to_half(value);
+            *cache_place(cache, cache.head_dim, row, p.position[row], column - q_width) = to_half(value);
         }
     }
 }
